@@ -78,7 +78,7 @@ class Dataset:
         self.by_user: list[np.ndarray] = [np.empty(0, int)] * len(self.users)
         order = np.argsort(self.user, kind="stable")
         starts = np.searchsorted(self.user[order], np.arange(len(self.users) + 1))
-        self.by_user = [order[a:b] for a, b in zip(starts[:-1], starts[1:])]
+        self.by_user = np.split(order, starts[1:-1])
 
     def before(self, user: int, time: int) -> np.ndarray:
         """Interaction indices of `user` strictly before `time`, oldest first."""

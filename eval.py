@@ -12,7 +12,6 @@ frozen, rta, ppr.
 
 import argparse
 import json
-import math
 import pathlib
 import sys
 import time
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Dataset, DatasetError, Sample, history, load_dataset
+from data import Dataset, DatasetError, Sample, load_dataset
 from grpo import list_reward, ndcg, rank_of_positive
 from model import ModelError, load_policy
 from rollout import ALL_TOOLS, Task, Trajectory, rollout
@@ -130,7 +129,7 @@ def baseline_scores(
     """[n, 20] scores of every row that is not an agent."""
     ds = ctx.ds
     candidates = np.array([s.candidates for s in samples])
-    take = lambda table: np.take_along_axis(table, candidates, 1)  # noqa: E731
+    take = lambda table: np.take_along_axis(table, candidates, 1)
     counts = popularity(ds, ds.train_end)
     sasrec = load_sasrec(out / "sasrec_baseline.safetensors", len(ds.items))
     states = sasrec.states([ds.item[ds.before(s.user, s.time)] for s in samples])

@@ -50,7 +50,7 @@ def group_advantages(
 
     `divide_by_std` is the common GRPO variant; it weights groups by 1/std and breaks Proposition 1.
     """
-    P, G = rewards.shape
+    G = rewards.shape[1]
     advantages = rewards - rewards.mean(1, keepdims=True)
     if baseline == "loo":
         advantages = advantages * G / (G - 1)

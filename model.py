@@ -300,7 +300,7 @@ class RaggedBatch:
     @torch.inference_mode()
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
         """Compute the prompts' keys and values (all but their last token) and empty the slots' rows."""
-        ids, real = pad_ids([p[:-1] or [0] for p in prompts], self.policy.device)
+        ids, _ = pad_ids([p[:-1] or [0] for p in prompts], self.policy.device)
         past = Past("prefill")
         with self.policy.autocast():
             self.policy.model.model(ids, use_cache=False, past=past)
@@ -321,10 +321,8 @@ class RaggedBatch:
         self.longest = int(self.length.max())
 
     def _pair(self, n: int, heads: int, T: int, D: int, dtype: torch.dtype) -> LayerKV:
-        make = lambda: torch.zeros(
-            n, heads, T, D, dtype=dtype, device=self.policy.device
-        )  # noqa: E731
-        return make(), make()
+        empty = torch.zeros(n, heads, T, D, dtype=dtype, device=self.policy.device)
+        return empty, empty.clone()
 
     def _reserve(self, n: int) -> None:
         self.longest += n
@@ -542,7 +540,7 @@ def micro_batches(prompts: list[list[int]], rows: list[TrainRow], micro_tokens: 
 
 # ------------------------------------------------------------------------------------------------------ the tiny agent
 
-TAGS = "think tool_call observation answer".split()
+TAGS = ("think", "tool_call", "observation", "answer")
 TINY_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|agent|>{% endif %}"
@@ -589,13 +587,14 @@ def build_tiny_agent(
         pad_token="<|pad|>",
         chat_template=TINY_TEMPLATE,
     )
-    shape = dict(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-    )
-    shape |= dict(num_key_value_heads=4, head_dim=32) | (size or {})
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    } | (size or {})
     config = Qwen3Config(
         vocab_size=len(wrapped),
         max_position_embeddings=8192,

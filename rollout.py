@@ -154,7 +154,7 @@ def without_thoughts(text: str) -> str | None:
 
 def between(text: str, tag: str) -> str | None:
     """The inside of the only <tag>...</tag> in `text`; None if there is none or more than one opening."""
-    head, opened, rest = text.partition(f"<{tag}>")
+    _, opened, rest = text.partition(f"<{tag}>")
     inside, closed, _ = rest.partition(f"</{tag}>")
     return inside if opened and closed and f"<{tag}>" not in rest else None
 

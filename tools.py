@@ -68,9 +68,7 @@ def inert(text: str, limit: int = 60) -> str:
 def log_rank(scores: np.ndarray) -> np.ndarray:
     """Scores over the catalogue to [0, 1] by logarithmic rank: the best item 1, the last 0, ties share the mean."""
     n = len(scores)
-    values, inverse, counts = np.unique(
-        -scores, return_inverse=True, return_counts=True
-    )
+    _, inverse, counts = np.unique(-scores, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - counts + (counts - 1) / 2)[inverse]
     return 1 - np.log1p(rank) / np.log1p(n)
 

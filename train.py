@@ -60,16 +60,36 @@ STAGES = {
 }
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 PRESETS = {  # the one source of each setting; `paper` holds what PAPER.md reports
-    "tiny": dict(
-        model="assets/tiny-agent", lr=2e-4, batch=12, group_size=8, steps=50, ppr_steps=20, mine_samples=320,
-        temperature=1.0, max_new_tokens=640, warmup_steps=0, warmup_lr=2e-3, dtype="float32", micro_tokens=16_384,
-    ),
-    "paper": dict(
-        model="Qwen/Qwen3-4B-Instruct-2507", lr=1e-6, batch=64, group_size=8, epochs=3, ppr_epochs=1,
-        mine_samples=None, temperature=0.6, max_new_tokens=6144, warmup_steps=0, warmup_lr=1e-6, dtype="bfloat16",
-        micro_tokens=32_768,
-    ),
-}  # fmt: skip
+    "tiny": {
+        "model": "assets/tiny-agent",
+        "lr": 2e-4,
+        "batch": 12,
+        "group_size": 8,
+        "steps": 50,
+        "ppr_steps": 20,
+        "mine_samples": 320,
+        "temperature": 1.0,
+        "max_new_tokens": 640,
+        "warmup_steps": 0,
+        "warmup_lr": 2e-3,
+        "dtype": "float32",
+        "micro_tokens": 16_384,
+    },
+    "paper": {
+        "model": "Qwen/Qwen3-4B-Instruct-2507",
+        "lr": 1e-6,
+        "batch": 64,
+        "group_size": 8,
+        "epochs": 3,
+        "ppr_epochs": 1,
+        "temperature": 0.6,
+        "max_new_tokens": 6144,
+        "warmup_steps": 0,
+        "warmup_lr": 1e-6,
+        "dtype": "bfloat16",
+        "micro_tokens": 32_768,
+    },
+}
 
 
 @dataclass
@@ -117,11 +137,6 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     args = run.args
     began = time.perf_counter()
     seed = (args.seed, STAGE_SEED[stage], step)
-    limits = dict(
-        group_size=args.group_size,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-    )
     groups = rollout(
         run.policy,
         run.ctx,
@@ -129,7 +144,9 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
         seed=seed,
         k=args.k,
         slots=args.slots,
-        **limits,
+        group_size=args.group_size,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
     )
     for t in (t for group in groups for t in group):
         t.reward = (
@@ -380,13 +397,11 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
             run.args.divide_by_std,
         )
         with open(run.out / "trajectories.jsonl", "a") as f:
-            for g in {int(advantages[0].argmax()), int(advantages[0].argmin())}:
-                f.write(
-                    json.dumps(
-                        trajectory_json(run, group[g], metrics, advantages[0][g])
-                    )
-                    + "\n"
-                )
+            f.writelines(
+                json.dumps(trajectory_json(run, group[g], metrics, advantages[0][g]))
+                + "\n"
+                for g in {int(advantages[0].argmax()), int(advantages[0].argmin())}
+            )
 
 
 def trajectory_json(run: Run, t, metrics: dict, advantage: float) -> dict:
@@ -629,11 +644,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def open_run(args: argparse.Namespace) -> Run:
     """Load or build everything a run needs: folder, dataset, SASRec, policy."""
     out = pathlib.Path(args.out)
-    if not args.resumed:
-        if out.exists() and any(out.iterdir()) and not args.overwrite:
-            raise ModelError(
-                f"{out} exists; choose another --out, continue it with --resume {out}, or --overwrite"
-            )
+    used = out.exists() and any(out.iterdir())
+    if used and not args.resumed and not args.overwrite:
+        raise ModelError(
+            f"{out} exists; choose another --out, continue it with --resume {out}, or --overwrite"
+        )
     ds = load_dataset(args.dataset, args.data_dir)
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
     if not args.resumed:
@@ -649,10 +664,8 @@ def open_run(args: argparse.Namespace) -> Run:
     fitted = {"sasrec": ds.fit_end, "sasrec_baseline": ds.train_end}
     for name, end in fitted.items():
         if not (out / f"{name}.safetensors").exists():
-            wrap = lambda epochs: tqdm(epochs, desc=f"training {name}", unit="epoch")  # noqa: E731
-            save_sasrec(
-                train_sasrec(ds, end, progress=wrap), out / f"{name}.safetensors"
-            )
+            model = train_sasrec(ds, end, progress=f"training {name}")
+            save_sasrec(model, out / f"{name}.safetensors")
     ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
     if args.model == "new":
         policy = build_tiny_agent(
@@ -701,7 +714,11 @@ def demonstration_texts(ctx: Context, samples: list[Sample], k: int) -> list[str
 def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
     """config.json: every flag, versions, commit and the dataset's fingerprint."""
     commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True
+        ["git", "rev-parse", "HEAD"],
+        check=False,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
     versions = {
         "python": sys.version.split()[0],
@@ -732,7 +749,7 @@ def evaluate(args: argparse.Namespace, *flags: str) -> None:
             str(args.test_samples),
             *flags,
         ]
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, check=False).returncode:
             raise ModelError(
                 f"eval.py failed; the training is saved: python eval.py {args.out}"
             )
