@@ -300,7 +300,7 @@ class RaggedBatch:
     @torch.inference_mode()
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
         """Compute the prompts' keys and values (all but their last token) and empty the slots' rows."""
-        ids, _ = pad_ids([p[:-1] or [0] for p in prompts], self.policy.device)
+        ids, _ = pad_ids([p[:-1] for p in prompts], self.policy.device)
         past = Past("prefill")
         with self.policy.autocast():
             self.policy.model.model(ids, use_cache=False, past=past)
@@ -324,6 +324,10 @@ class RaggedBatch:
         empty = torch.zeros(n, heads, T, D, dtype=dtype, device=self.policy.device)
         return empty, empty.clone()
 
+    def _past(self, kind: str, position: torch.Tensor, rows: torch.Tensor) -> Past:
+        buffers = {"prompts": self.prompts, "own": self.own}
+        return Past(kind, **buffers, rows=rows, position=position, span=self.longest)
+
     def _reserve(self, n: int) -> None:
         self.longest += n
         if self.longest > self.own[0][0].shape[2]:
@@ -339,7 +343,8 @@ class RaggedBatch:
         position = self.length[at, None] + torch.arange(
             ids.shape[1], device=ids.device
         )  # b, T
-        past = Past("suffix", self.prompts, self.own, owner, at, position, self.longest)
+        past = self._past("suffix", position, at)
+        past.owner = owner
         past.mask = suffix_mask(
             self.prompt_length,
             self.prompts[0][0].shape[2],
@@ -363,14 +368,8 @@ class RaggedBatch:
         self._reserve(1)
         position = self.length[:, None]
         T = self.prompts[0][0].shape[2]
-        past = Past(
-            "decode",
-            self.prompts,
-            self.own,
-            None,
-            torch.arange(len(tokens)),
-            position,
-            self.longest,
+        past = self._past(
+            "decode", position, torch.arange(len(tokens), device=tokens.device)
         )
         past.prompt_mask = (
             torch.arange(T, device=tokens.device)[None] < self.prompt_length[:, None]
@@ -451,7 +450,8 @@ def token_logprobs(
     projection runs at action positions only. The shift from logits to tokens happens here and nowhere else.
     """
     device = policy.device
-    prefixes = [p[:-1] or p for p in prompts]
+    assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
+    prefixes = [p[:-1] for p in prompts]
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
     starts = [len(prefixes[r.prompt]) for r in rows]
     is_action = torch.tensor(
@@ -506,7 +506,9 @@ def project(
 
 
 def project_chunk(head, hidden, targets, temperature):
-    logprobs = torch.log_softmax(head(hidden).float() / temperature, -1)  # n, V in fp32
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # n, V
+    logprobs = torch.log_softmax(logits / temperature, -1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(1, targets[:, None]).squeeze(1), entropy

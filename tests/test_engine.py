@@ -1,0 +1,247 @@
+"""The engine against dense computations: shared-prefix gradients, ragged sampling, stopping, masks and memory."""
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+import rollout as rollout_module
+from model import (
+    Past,
+    RaggedBatch,
+    TrainRow,
+    load_policy,
+    micro_batches,
+    sample_tokens,
+    save_policy,
+    token_logprobs,
+)
+from rollout import Task, demonstrate, rollout
+
+
+def random_rows(policy, prompt_lengths, suffixes, seed=0):
+    """Prompts and rows of random ids with random action masks; `suffixes` lists the lengths for each prompt."""
+    rng = np.random.default_rng(seed)
+    V = policy.model.config.vocab_size
+    prompts = [rng.integers(V, size=n).tolist() for n in prompt_lengths]
+    rows = []
+    for p, lengths in enumerate(suffixes):
+        for n in lengths:
+            mask = (rng.random(n) < 0.6).astype(int)
+            mask[-1] = 1
+            rows.append(TrainRow(p, rng.integers(V, size=n).tolist(), mask.tolist()))
+    return prompts, rows
+
+
+def dense_logprobs(policy, prompts, rows, temperature=1.0):
+    """Unshared reference: transformers' own attention over each whole sequence."""
+    policy.model.set_attn_implementation("sdpa")
+    parts = []
+    for r in rows:
+        ids = torch.tensor([prompts[r.prompt] + r.ids])
+        logits = policy.model(ids).logits[0, :-1] / temperature
+        logprobs = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
+        parts.append(logprobs[-len(r.ids) :][torch.tensor(r.action_mask).bool()])
+    policy.model.set_attn_implementation("shared_prefix")
+    return torch.cat(parts)
+
+
+def exact_norm(self, x):
+    """RMSNorm in the dtype of its input (transformers' own rounds fp64 to fp32)."""
+    return (
+        self.weight
+        * x
+        * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    )
+
+
+def gradient(policy, value):
+    policy.model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_shared_prefix_gradient_equals_the_dense_one(
+    policy, dtype, tolerance, monkeypatch
+):
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    policy.model.to(getattr(torch, dtype))
+    prompts, rows = random_rows(policy, [17, 5, 2], [[9, 23, 1], [4], [12, 3]])
+    weight = torch.randn(
+        sum(sum(r.action_mask) for r in rows), dtype=getattr(torch, dtype)
+    )
+    shared, _ = token_logprobs(policy, prompts, rows, 0.7)
+    got = gradient(policy, (shared * weight).sum())
+    dense = dense_logprobs(policy, prompts, rows, 0.7)
+    want = gradient(policy, (dense * weight).sum())
+    if dtype == "float32":
+        assert torch.allclose(shared, dense, atol=1e-4)
+    assert (got - want).norm() / want.norm() < tolerance
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 90, 10_000])
+def test_gradient_does_not_depend_on_micro_batches(policy, micro_tokens, monkeypatch):
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    policy.model.double()
+    prompts, rows = random_rows(policy, [11, 7, 3], [[9, 2, 14], [5, 5], [8]])
+    weight = torch.randn(sum(sum(r.action_mask) for r in rows), dtype=torch.float64)
+    want = gradient(policy, (token_logprobs(policy, prompts, rows)[0] * weight).sum())
+    policy.model.zero_grad()
+    done = 0
+    for part_prompts, part_rows in micro_batches(prompts, rows, micro_tokens):
+        logprobs, _ = token_logprobs(policy, part_prompts, part_rows)
+        (logprobs * weight[done : done + len(logprobs)]).sum().backward()
+        done += len(logprobs)
+    got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert done == len(weight)
+    assert (got - want).norm() / want.norm() < 1e-9
+
+
+def scripted(policy, ctx, monkeypatch, seed=3):
+    """Make the sampler write demonstrations (each row another one), so that rollouts have several turns."""
+    scripts = {}
+
+    def forced(logits, temperature, uniform):
+        tokens, _ = sample_tokens(logits, temperature, uniform)
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        for b, row in enumerate(forced.rows()):
+            if row is None or row.trajectory.end:
+                continue
+            key = id(row)
+            if key not in scripts:
+                rng = np.random.default_rng([seed, len(scripts)])
+                scripts[key] = demonstrate(policy, ctx, row.trajectory.task, 10, rng)
+            tokens[b] = scripts[key].ids[len(row.trajectory.ids)]
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+    live = []
+    original = rollout_module.refill
+
+    def refill(policy, ctx, batch, rows, *rest):
+        live[:] = [rows]
+        return original(policy, ctx, batch, rows, *rest)
+
+    forced.rows = lambda: live[0]
+    monkeypatch.setattr(rollout_module, "refill", refill)
+    monkeypatch.setattr(rollout_module, "sample_tokens", forced)
+
+
+def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch):
+    """Several turns, observations of different lengths, finished rows, refilled slots."""
+    scripted(policy, ctx, monkeypatch)
+    tasks = [Task(s) for s in ctx.ds.splits["train"][:5]]
+    groups = rollout(
+        policy, ctx, tasks, group_size=3, slots=2, temperature=0.8, max_new_tokens=700
+    )
+    trajectories = [t for g in groups for t in g]
+    assert len({len(t.calls) for t in trajectories}) > 2
+    assert all(t.end == "answer" and t.valid for t in trajectories)
+    prompts = [g[0].prompt for g in groups]
+    rows = [TrainRow(p, t.ids, t.action_mask) for p, g in enumerate(groups) for t in g]
+    with torch.no_grad():
+        dense = dense_logprobs(policy, prompts, rows, 0.8)
+    sampled = torch.tensor(
+        [lp for t in trajectories for lp, m in zip(t.logprobs, t.action_mask) if m]
+    )
+    assert (sampled - dense).abs().max() < 1e-4
+
+
+def test_tokens_do_not_depend_on_slots_or_neighbours(policy, ctx):
+    tasks = [Task(s) for s in ctx.ds.splits["train"][:6]]
+    args = {"group_size": 2, "max_new_tokens": 40, "seed": (5, 1)}
+    few = rollout(policy, ctx, tasks, slots=1, **args)
+    many = rollout(policy, ctx, tasks, slots=6, **args)
+    assert [[t.ids for t in g] for g in few] == [[t.ids for t in g] for g in many]
+
+
+def test_greedy_equals_generate(policy, ctx):
+    """Greedy text equals transformers' own generate with its own attention and cache."""
+    tasks = [Task(s) for s in ctx.ds.splits["train"][:3]]
+    groups = rollout(policy, ctx, tasks, group_size=2, temperature=0, max_new_tokens=30)
+    policy.model.set_attn_implementation("sdpa")
+    for group in groups:
+        prompt = torch.tensor([group[0].prompt])
+        out = policy.model.generate(
+            prompt,
+            max_new_tokens=30,
+            do_sample=False,
+            attention_mask=torch.ones_like(prompt),
+        )
+        written = (
+            group[0].ids
+            if 0 in group[0].action_mask
+            else out[0, prompt.shape[1] :].tolist()
+        )
+        n = (
+            group[0].action_mask.index(0)
+            if 0 in group[0].action_mask
+            else len(group[0].ids)
+        )
+        assert group[0].ids[:n] == out[0, prompt.shape[1] :].tolist()[:n] == written[:n]
+        assert group[0].ids == group[1].ids
+
+
+def test_extend_then_decode_equals_one_forward(policy):
+    """Tokens fed in chunks at different positions of different rows give the dense logits."""
+    rng = np.random.default_rng(0)
+    V = policy.model.config.vocab_size
+    prompts = [rng.integers(V, size=n).tolist() for n in (9, 4)]
+    batch = RaggedBatch(policy, 2, 2)
+    batch.prefill([0, 1], prompts)
+    suffix = [rng.integers(V, size=n).tolist() for n in (3, 80, 5, 1)]
+    for b in range(4):
+        fed = [prompts[b // 2][-1], *suffix[b]]
+        if len(fed) > 1:
+            batch.extend([b], [fed[:-1]])
+    logits = batch.decode(
+        torch.tensor([s[-1] for s in suffix]), torch.ones(4, dtype=bool)
+    )
+    policy.model.set_attn_implementation("eager")
+    for b in range(4):
+        want = policy.model(torch.tensor([prompts[b // 2] + suffix[b]])).logits[0, -1]
+        assert torch.allclose(logits[b], want, atol=1e-4)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.log(torch.tensor([[0.1, 0.6, 0.3]])).expand(3000, 3)
+    uniform = torch.linspace(0, 1, 3001)[:-1] + 0.5 / 3000
+    tokens, logprobs = sample_tokens(logits, 1.0, uniform)
+    counts = torch.bincount(tokens, minlength=3).float() / 3000
+    assert torch.allclose(counts, torch.tensor([0.1, 0.6, 0.3]), atol=1e-3)
+    assert torch.allclose(logprobs.exp(), torch.tensor([0.1, 0.6, 0.3])[tokens])
+
+
+def test_saved_policy_loads_and_answers_alike(policy, ctx, tmp_path):
+    save_policy(policy, tmp_path)
+    again = load_policy(str(tmp_path))
+    tasks = [Task(ctx.ds.splits["test"][0])]
+    args = {"group_size": 2, "max_new_tokens": 30}
+    assert (
+        rollout(policy, ctx, tasks, **args)[0][1].ids
+        == rollout(again, ctx, tasks, **args)[0][1].ids
+    )
+
+
+def test_plain_forward_is_causal_without_a_past(policy):
+    ids = torch.randint(policy.model.config.vocab_size, (2, 12))
+    ours = policy.model(ids).logits
+    policy.model.set_attn_implementation("eager")
+    assert torch.allclose(ours, policy.model(ids).logits, atol=1e-5)
+    assert Past("prefill").prompts == []
+
+
+def test_tiny_learning_rate_moves_a_bf16_policy(policy):
+    """Weights stay fp32 under bf16 compute: a step of 1e-6 is not swallowed."""
+    policy.dtype = torch.bfloat16
+    prompts, rows = random_rows(policy, [8], [[6, 4]])
+    logprobs, _ = token_logprobs(policy, prompts, rows)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), 1e-6, weight_decay=0)
+    logprobs.sum().backward()
+    optimizer.step()
+    moved = [
+        (p != b).float().mean().item()
+        for p, b in zip(policy.model.parameters(), before)
+    ]
+    assert np.mean(moved) > 0.5
