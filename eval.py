@@ -187,11 +187,11 @@ def agent_row(
         },
         ms=1000 * seconds / n,
         tokens=sum(sum(t.action_mask) for t in done) / n,
-        texts=[readable(ctx, policy, t, args.k) for t in done[:KEPT_TEXTS]],
+        texts=[readable(ctx, policy, t, args.k, args.bonus) for t in done[:KEPT_TEXTS]],
     )
 
 
-def readable(ctx: Context, policy, t: Trajectory, k: int) -> dict:
+def readable(ctx: Context, policy, t: Trajectory, k: int, bonus: float) -> dict:
     """A trajectory as text, for --show and the report."""
     s = t.task.sample
     return {
@@ -203,7 +203,7 @@ def readable(ctx: Context, policy, t: Trajectory, k: int) -> dict:
         "text": policy.decode(t.ids),
         "answer": t.answer,
         "end": t.end,
-        "reward": list_reward(t, k),
+        "reward": list_reward(t, k, bonus),
         "rank": rank_of_positive(t),
     }
 
@@ -394,9 +394,8 @@ def main() -> None:
             if getattr(args, name) is None
             else getattr(args, name),
         )
-    args.k, args.dtype, args.max_new_tokens = (
-        config["args"][n] for n in ("k", "dtype", "max_new_tokens")
-    )
+    for name in ("k", "bonus", "dtype", "max_new_tokens"):
+        setattr(args, name, config["args"][name])
     ds: Dataset = load_dataset(config["args"]["dataset"], config["args"]["data_dir"])
     ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
     pool = ds.splits[args.split]

@@ -28,7 +28,9 @@ def ndcg(rank: int | None, k: int) -> float:
 
 
 def rank_of_positive(t: Trajectory) -> int | None:
-    """1-based rank of the positive in a valid answer; None if invalid or not ranked."""
+    """1-based rank of the positive in a valid ranking; None if invalid or not ranked."""
+    if t.task.pair:
+        return None
     positive = t.task.sample.target + 1
     return t.answer.index(positive) + 1 if t.valid and positive in t.answer else None
 

@@ -206,12 +206,22 @@ class Policy:
             None
         }
         self.window = min(windows, default=None)
+        added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.added = re.compile("|".join(map(re.escape, added))) if added else None
 
     def piece(self, token: int) -> str:
         """Text of one token, for looking at the tail of a turn."""
         if token not in self.pieces:
             self.pieces[token] = self.tokenizer.decode([token])
         return self.pieces[token]
+
+    def defuse(self, text: str) -> str:
+        """Text from data with any string that the tokenizer would turn into a special token broken up."""
+        return (
+            self.added.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+            if self.added
+            else text
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text that continues a sequence (no BOS)."""

@@ -45,6 +45,11 @@ class Task:
     pair: tuple[int, int] | None = None
     more: bool = True
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Integers that tell this task from all others, to seed its sampling with."""
+        return (self.sample.id, *(self.pair or (0, 0)), int(self.more))
+
 
 @dataclass
 class Trajectory:
@@ -118,7 +123,7 @@ def build_prompt(
     policy: Policy, ctx: Context, task: Task, tools: tuple[str, ...], k: int
 ) -> list[int]:
     """Prompt ids through the model's own chat template; a template without a system role gets it in the user turn."""
-    system, user = system_prompt(tools, k), user_prompt(ctx, task, tools)
+    system, user = system_prompt(tools, k), policy.defuse(user_prompt(ctx, task, tools))
     apply = policy.tokenizer.apply_chat_template
     messages = [
         {"role": "system", "content": system},
@@ -183,7 +188,7 @@ def parse_answer(turn: str, task: Task, k: int) -> list[int] | str | None:
 
 
 def act(ctx: Context, trajectory: Trajectory, turn: str, tools: tuple[str, ...]) -> str:
-    """Run the call in a turn that ended with </tool_call> and return the observation's text."""
+    """Run the call in a turn that ended with </tool_call> and return what is observed."""
     try:
         outside = without_thoughts(turn)
         inside = between(outside, "tool_call") if outside is not None else None
@@ -197,7 +202,7 @@ def act(ctx: Context, trajectory: Trajectory, turn: str, tools: tuple[str, ...])
     except ToolError as e:
         trajectory.malformed |= e.malformed
         text = f"error: {e}"
-    return f"<observation>{clip_observation(text)}</observation>"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -213,6 +218,139 @@ class Row:
     tail: str = ""  # the last characters of this turn, to look for stop tags in
     turn_start: int = 0  # where this turn's ids begin
     attempts: int = 0  # calls asked for, malformed ones included
+
+
+@dataclass
+class Rollout:
+    """Live state of one rollout; `rollout` below documents the fields. Row r sits in slot r // group_size."""
+
+    policy: Policy
+    ctx: Context
+    tasks: list[Task]
+    group_size: int
+    k: int
+    temperature: float
+    max_new_tokens: int
+    seed: tuple[int, ...]
+    tools: tuple[str, ...]
+    slots: int
+    progress: Callable[[list[Trajectory]], None] | None
+
+    def __post_init__(self):
+        self.slots = min(self.slots, len(self.tasks))
+        self.batch = RaggedBatch(self.policy, self.slots, self.group_size)
+        self.rows: list[Row | None] = [None] * (self.slots * self.group_size)
+        self.done: list[list[Trajectory]] = [[] for _ in self.tasks]
+        self.waiting = list(range(len(self.tasks)))[
+            ::-1
+        ]  # tasks without a slot, the next one last
+        self.slot_task: list[int | None] = [None] * self.slots
+
+    def run(self) -> list[list[Trajectory]]:
+        """Refill slots, feed observations once half of the rows wait for one, else decode a token; until done."""
+        while True:
+            self.refill()
+            alive = [
+                i for i, row in enumerate(self.rows) if row and not row.trajectory.end
+            ]
+            if not alive:
+                return self.done
+            observing = [i for i in alive if len(self.rows[i].pending) > 1]
+            if 2 * len(observing) >= len(alive):
+                self.batch.extend(
+                    observing, [self.rows[i].pending[:-1] for i in observing]
+                )
+                for i in observing:
+                    self.rows[i].pending = self.rows[i].pending[-1:]
+            else:
+                self.decode([i for i in alive if len(self.rows[i].pending) == 1])
+
+    def refill(self) -> None:
+        """Move finished groups to `done` and put waiting tasks into their slots."""
+        G, free, prompts = self.group_size, [], []
+        for slot, task in enumerate(self.slot_task):
+            group = self.rows[slot * G : (slot + 1) * G]
+            if any(row and not row.trajectory.end for row in group):
+                continue
+            if task is not None:
+                self.done[task] = [row.trajectory for row in group]
+                self.slot_task[slot] = None
+                self.rows[slot * G : (slot + 1) * G] = [None] * G
+                if self.progress:
+                    self.progress(self.done[task])
+            if self.waiting:
+                free.append(slot)
+                self.slot_task[slot] = self.waiting.pop()
+        for slot in free:
+            task = self.tasks[self.slot_task[slot]]
+            prompt = build_prompt(self.policy, self.ctx, task, self.tools, self.k)
+            check_context(self.policy, len(prompt), self.max_new_tokens)
+            prompts.append(prompt)
+            for g in range(G):
+                rng = np.random.default_rng([*self.seed, *task.key, g])
+                uniform = rng.random(self.max_new_tokens)
+                self.rows[slot * G + g] = Row(
+                    Trajectory(task, prompt), prompt[-1:], uniform
+                )
+        if free:
+            self.batch.prefill(free, prompts)
+
+    def decode(self, ready: list[int]) -> None:
+        """Sample one token for each row in `ready`."""
+        tokens = torch.zeros(len(self.rows), dtype=torch.long)
+        uniform, active = (
+            torch.zeros(len(self.rows)),
+            torch.zeros(len(self.rows), dtype=torch.bool),
+        )
+        tokens[ready] = torch.tensor([self.rows[i].pending[0] for i in ready])
+        drawn = [self.rows[i].uniform[len(self.rows[i].trajectory.ids)] for i in ready]
+        uniform[ready], active[ready] = (
+            torch.tensor(np.array(drawn), dtype=torch.float32),
+            True,
+        )
+        device = self.policy.device
+        logits = self.batch.decode(tokens.to(device), active.to(device))
+        sampled, logprobs = sample_tokens(logits, self.temperature, uniform.to(device))
+        sampled, logprobs = sampled.tolist(), logprobs.tolist()
+        for i in ready:
+            self.take(self.rows[i], sampled[i], logprobs[i])
+
+    def take(self, row: Row, token: int, logprob: float) -> None:
+        """Append one sampled token; at a stop tag run the call or read the answer."""
+        t = row.trajectory
+        t.ids.append(token)
+        t.action_mask.append(1)
+        t.logprobs.append(logprob)
+        row.pending = [token]
+        row.tail = (row.tail + self.policy.piece(token))[-32:]
+        stop = next((s for s in STOPS if s in row.tail), None)
+        if stop == "</answer>":
+            t.answer = parse_answer(
+                self.policy.decode(t.ids[row.turn_start :]), t.task, self.k
+            )
+            t.end = "answer" if t.answer is not None else "invalid"
+        elif stop:
+            self.call(row)
+        elif token in self.policy.eos:
+            t.end = "eos"
+        if not t.end and len(t.ids) >= self.max_new_tokens:
+            t.end = "length"
+
+    def call(self, row: Row) -> None:
+        """Run the call that a turn ended with and queue its observation, within the budget and the length limit."""
+        t = row.trajectory
+        row.attempts += 1
+        if row.attempts > MAX_CALLS:
+            t.end = "budget"
+            return
+        turn = self.policy.decode(t.ids[row.turn_start :])
+        observation = observe(self.policy, act(self.ctx, t, turn, self.tools))
+        if len(t.ids) + len(observation) >= self.max_new_tokens:
+            t.end = "length"
+            return
+        append_observation(t, observation)
+        row.pending += observation
+        row.tail, row.turn_start = "", len(t.ids)
 
 
 def rollout(
@@ -231,110 +369,13 @@ def rollout(
 ) -> list[list[Trajectory]]:
     """Sample `group_size` trajectories for each task; the result has a list for each task, in order.
 
-    Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at once.
-    Each row draws from a generator seeded with (*seed, sample id, index in the group): its tokens do not depend on who
-    shares the batch. `max_new_tokens` bounds a whole trajectory, observations included. ModelError if a prompt does
-    not fit the model's context.
+    Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at
+    once (`progress` is told of it). Each row draws from a generator seeded with (*seed, *task.key, index in the
+    group): its tokens do not depend on who shares the batch. `temperature` 0 is greedy. `max_new_tokens` bounds a
+    whole trajectory, observations included. ModelError if a prompt does not fit the model's context.
     """
-    slots = min(slots, len(tasks))
-    batch = RaggedBatch(policy, slots, group_size)
-    rows: list[Row | None] = [None] * (slots * group_size)
-    done: list[list[Trajectory]] = [[] for _ in tasks]
-    queue, slot_task = list(range(len(tasks))), [-1] * slots
-    while True:
-        refill(
-            policy,
-            ctx,
-            batch,
-            rows,
-            slot_task,
-            tasks,
-            queue,
-            done,
-            k,
-            seed,
-            tools,
-            max_new_tokens,
-        )
-        alive = [i for i, row in enumerate(rows) if row and not row.trajectory.end]
-        if not alive:
-            return done
-        waiting = [i for i in alive if len(rows[i].pending) > 1]
-        if waiting and 2 * len(waiting) >= len(alive):
-            batch.extend(waiting, [rows[i].pending[:-1] for i in waiting])
-            for i in waiting:
-                rows[i].pending = rows[i].pending[-1:]
-            continue
-        ready = [i for i in alive if len(rows[i].pending) == 1]
-        tokens, active = np.zeros(len(rows), np.int64), np.zeros(len(rows), bool)
-        tokens[ready], active[ready] = [rows[i].pending[0] for i in ready], True
-        logits = batch.decode(
-            torch.from_numpy(tokens).to(policy.device),
-            torch.from_numpy(active).to(policy.device),
-        )
-        uniform = torch.zeros(len(rows))
-        uniform[ready] = torch.tensor(
-            [float(rows[i].uniform[len(rows[i].trajectory.ids)]) for i in ready]
-        )
-        sampled, logprobs = sample_tokens(
-            logits, temperature, uniform.to(policy.device)
-        )
-        sampled, logprobs = sampled.tolist(), logprobs.tolist()
-        for i in ready:
-            take_token(
-                policy, ctx, rows[i], sampled[i], logprobs[i], k, tools, max_new_tokens
-            )
-        if progress:
-            for i in ready:
-                group = rows[
-                    i // group_size * group_size : (i // group_size + 1) * group_size
-                ]
-                if rows[i].trajectory.end and all(r.trajectory.end for r in group):
-                    progress([r.trajectory for r in group])
-
-
-def refill(
-    policy,
-    ctx,
-    batch,
-    rows,
-    slot_task,
-    tasks,
-    queue,
-    done,
-    k,
-    seed,
-    tools,
-    max_new_tokens,
-) -> None:
-    """Move finished groups to `done` and put waiting tasks into their slots."""
-    G = batch.group
-    free = [
-        s
-        for s in range(batch.slots)
-        if all(r is None or r.trajectory.end for r in rows[s * G : (s + 1) * G])
-    ]
-    for s in free:
-        if slot_task[s] >= 0:
-            done[slot_task[s]] = [r.trajectory for r in rows[s * G : (s + 1) * G]]
-            rows[s * G : (s + 1) * G] = [None] * G
-        slot_task[s] = -1
-    free = free[: len(queue)]
-    if not free:
-        return
-    prompts = []
-    for s in free:
-        slot_task[s] = queue.pop(0)
-        task = tasks[slot_task[s]]
-        prompt = build_prompt(policy, ctx, task, tools, k)
-        check_context(policy, len(prompt), max_new_tokens)
-        prompts.append(prompt)
-        for g in range(G):
-            uniform = np.random.default_rng([*seed, task.sample.id, g]).random(
-                max_new_tokens
-            )
-            rows[s * G + g] = Row(Trajectory(task, prompt), prompt[-1:], uniform)
-    batch.prefill(free, prompts)
+    limits = (group_size, k, temperature, max_new_tokens, seed, tools, slots, progress)
+    return Rollout(policy, ctx, tasks, *limits).run()
 
 
 def check_context(policy: Policy, prompt: int, new: int) -> None:
@@ -343,50 +384,16 @@ def check_context(policy: Policy, prompt: int, new: int) -> None:
     window = min(w for w in (window, policy.window, 10**9) if w)
     if prompt + new > window:
         raise ModelError(
-            f"a prompt of {prompt} tokens and --max-new-tokens {new} exceed the model's context of {window} "
-            f"by {prompt + new - window}"
+            f"a prompt of {prompt} tokens and --max-new-tokens {new} exceed the model's "
+            f"context of {window} by {prompt + new - window}"
         )
 
 
-def take_token(
-    policy,
-    ctx,
-    row: Row,
-    token: int,
-    logprob: float,
-    k: int,
-    tools,
-    max_new_tokens: int,
-) -> None:
-    """Append one sampled token; at a stop tag run the call or read the answer."""
-    t = row.trajectory
-    t.ids.append(token)
-    t.action_mask.append(1)
-    t.logprobs.append(logprob)
-    row.pending = [token]
-    row.tail = (row.tail + policy.piece(token))[-32:]
-    stop = next((s for s in STOPS if s in row.tail), None)
-    if stop == "</answer>":
-        t.answer = parse_answer(policy.decode(t.ids[row.turn_start :]), t.task, k)
-        t.end = "answer" if t.answer is not None else "invalid"
-    elif stop:
-        row.attempts += 1
-        if row.attempts > MAX_CALLS:
-            t.end = "budget"
-            return
-        observation = policy.encode(
-            act(ctx, t, policy.decode(t.ids[row.turn_start :]), tools)
-        )
-        if len(t.ids) + len(observation) >= max_new_tokens:
-            t.end = "length"
-            return
-        append_observation(t, observation)
-        row.pending += observation
-        row.tail, row.turn_start = "", len(t.ids)
-    elif token in policy.eos:
-        t.end = "eos"
-    if not t.end and len(t.ids) >= max_new_tokens:
-        t.end = "length"
+def observe(policy: Policy, text: str) -> list[int]:
+    """Ids of an observation; its text can neither close the tag nor form a special token."""
+    return policy.encode(
+        f"<observation>{policy.defuse(clip_observation(text))}</observation>"
+    )
 
 
 def append_observation(t: Trajectory, ids: list[int]) -> None:
@@ -416,7 +423,7 @@ def demonstrate(
     task: Task,
     k: int,
     rng: np.random.Generator,
-    max_calls: int = 6,
+    max_calls: int = 4,
 ) -> Trajectory:
     """A scripted trajectory for the warm-up: random tools, random trust in each, an answer that follows exactly.
 
@@ -449,12 +456,7 @@ def demonstrate(
         )
         t.calls.append(call)
         observation = run_call(ctx, task.sample, call)
-        append_observation(
-            t,
-            policy.encode(
-                f"<observation>{clip_observation(observation.render())}</observation>"
-            ),
-        )
+        append_observation(t, observe(policy, observation.render()))
         if observation.scores is not None:
             total += TRUST[trust] * digits(observation.scores)
     if not len(t.calls):

@@ -10,7 +10,6 @@ alone; that finds complements as well as look-alikes.
 """
 
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data import Dataset, Item, Sample, history, item_by_title
+from data import Dataset, Item, Sample, history
 from sasrec import SASRec
 
 MAX_OBSERVATION = 900  # characters; longer text is cut and says so
@@ -40,13 +39,12 @@ class Observation:
     scores: np.ndarray | None = None
 
     def render(self) -> str:
-        """The text followed by `number:digit` for every candidate, best first."""
+        """The text, then `number:digit` for every candidate: best first, ties by number."""
         if self.scores is None:
             return self.text
-        order = np.argsort(-self.scores, kind="stable")
-        return f"{self.text}\n" + " ".join(
-            f"{i + 1}:{d}" for i, d in zip(order, digits(self.scores)[order])
-        )
+        shown = digits(self.scores)
+        order = np.argsort(-shown, kind="stable")
+        return f"{self.text}\n" + " ".join(f"{i + 1}:{shown[i]}" for i in order)
 
 
 def digits(scores: np.ndarray) -> np.ndarray:
@@ -105,6 +103,7 @@ class Context:
         self.transitions = self._kind_transitions()
         self.states, self.state_key = self._all_states()
         self._memory: dict[tuple, Observation] = {}
+        self._shown: dict[str, int] | None = None
 
     @staticmethod
     def _index(values: list[str], names: list[str]) -> np.ndarray:
@@ -134,7 +133,19 @@ class Context:
         ), key
 
     def title(self, item: int) -> str:
+        """An item's title as the agent sees it."""
         return inert(self.ds.items[item].title, self.title_limit)
+
+    def find(self, sample: Sample, title: str) -> int | None:
+        """The item shown under this title: among the sample's own first, then in the catalogue; None if none is."""
+        if self._shown is None:
+            self._shown = {}
+            for i in range(len(self.ds.items)):
+                self._shown.setdefault(self.title(i).casefold(), i)
+        wanted = inert(title, self.title_limit).casefold()
+        own = (*self.ds.item[history(self.ds, sample)][::-1], *sample.candidates)
+        near = (int(i) for i in own if self.title(i).casefold() == wanted)
+        return next(near, self._shown.get(wanted))
 
 
 # --------------------------------------------------------------------------------------------------------------- tools
@@ -163,7 +174,8 @@ def get_user_profile(ctx: Context, sample: Sample) -> Observation:
     cand = np.array(sample.candidates)
     known = np.array([ctx.ds.items[c].store is not None for c in cand])
     prices = np.exp(ctx.log_price[items][~np.isnan(ctx.log_price[items])])
-    text = ctx.profiles.get(sample.id) or (
+    written = inert(ctx.profiles.get(sample.id, ""), 400)
+    text = written or (
         f"brands {shares([ctx.ds.items[i].store for i in items])}; "
         f"categories {shares([ctx.ds.items[i].category for i in items])}; "
         f"price {dollars(np.median(prices)) if len(prices) else 'unknown'}"
@@ -186,7 +198,11 @@ def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
     """The user's items by rating; candidates score by how well their category was rated (0.5: not known)."""
     rows = history(ctx.ds, sample, None)
     kinds, ratings = ctx.kind[ctx.ds.item[rows]], ctx.ds.rating[rows]
-    bands = {"high": ratings >= 4, "middle": ratings == 3, "low": ratings <= 2}
+    bands = {
+        "high": ratings >= 4,
+        "middle": (ratings > 2) & (ratings < 4),
+        "low": ratings <= 2,
+    }
     parts = []
     for name, mask in bands.items():
         names = [
@@ -228,7 +244,7 @@ def candidates_analyze(ctx: Context, sample: Sample) -> Observation:
 
 def get_similar_items(ctx: Context, sample: Sample, item_title: str) -> Observation:
     """Items nearest to the named one in SASRec's space; candidates score by logarithmic rank in the catalogue."""
-    item = item_by_title(ctx.ds, item_title.rstrip("…"))
+    item = ctx.find(sample, item_title)
     if item is None:
         raise ToolError(f"no item is titled {inert(item_title)!r}", malformed=False)
     scores = ctx.sasrec.scores(ctx.sasrec.states([np.array([item])]))[0].numpy()
@@ -275,7 +291,7 @@ def popularity(ds: Dataset, time: int) -> np.ndarray:
 
 def item_info_search(ctx: Context, sample: Sample, item_name: str) -> Observation:
     """Category, price, rating and popularity of one item; used as a ranking it is the candidates' popularity."""
-    item = item_by_title(ctx.ds, item_name.rstrip("…"))
+    item = ctx.find(sample, item_name)
     if item is None:
         raise ToolError(f"no item is named {inert(item_name)!r}", malformed=False)
     found: Item = ctx.ds.items[item]
@@ -357,7 +373,7 @@ def parse_call(text: str, allowed: tuple[str, ...]) -> Call:
     """Read the JSON between <tool_call> tags; ToolError says what is wrong with it."""
     try:
         call = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # bad JSON, or a number of 5,000 digits
         raise ToolError(f"not a JSON object: {str(e)[:60]}") from e
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise ToolError('expected {"name": ..., "arguments": {...}}')
@@ -393,13 +409,10 @@ def tool_scores(ctx: Context, name: str, sample: Sample) -> np.ndarray:
         return np.searchsorted(
             np.sort(counts), counts[list(sample.candidates)], side="right"
         ) / len(counts)
-    last = ctx.ds.items[ctx.ds.item[history(ctx.ds, sample)[-1]]].title
+    last = ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]])
     arguments = {TOOLS[name].argument: last} if TOOLS[name].argument else {}
     scores = run_call(ctx, sample, Call(name, arguments)).scores
     return np.zeros(len(sample.candidates)) if scores is None else scores
-
-
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 def clip_observation(text: str) -> str:

@@ -198,38 +198,39 @@ def update(run: Run, lr: float) -> dict:
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     """One step of imitation of scripted demonstrations: mean cross-entropy over their action tokens.
 
-    Curriculum: at most 2 calls in the first sixth of the steps, at most 4 in the second, then up to 6.
+    Curriculum: one call at first (copying), then up to two and up to four (adding up).
     """
     args, policy, began = run.args, run.policy, time.perf_counter()
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
-    max_calls = 2 * min(3, 1 + 6 * step // args.warmup_steps)
+    progress = step / args.warmup_steps
+    max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 4
     prompts, rows = [], []
     for _ in range(args.batch):
         sample = pool[rng.integers(len(pool))]
-        pair = (
-            tuple(int(n) for n in rng.permutation(len(sample.candidates))[:2] + 1)
-            if rng.random() < 0.25
-            else None
-        )
+        pair = None
+        if rng.random() < 0.2:
+            pair = tuple(
+                int(n) for n in rng.permutation(len(sample.candidates))[:2] + 1
+            )
         task = Task(sample, pair, bool(rng.random() < 0.5))
         for _ in range(args.group_size):
             t = demonstrate(policy, run.ctx, task, args.k, rng, max_calls)
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
-    n_actions, total = sum(sum(r.action_mask) for r in rows), 0.0
+    n_actions, total, answers = sum(sum(r.action_mask) for r in rows), 0.0, []
     for part_prompts, part_rows in micro_batches(prompts, rows, args.micro_tokens):
-        loss = -token_logprobs(policy, part_prompts, part_rows)[0].sum() / n_actions
-        loss.backward()
-        total += float(loss.detach())
-    progress = step / args.warmup_steps
+        logprobs, _ = token_logprobs(policy, part_prompts, part_rows)
+        (-logprobs.sum() / n_actions).backward()
+        total -= float(logprobs.detach().sum())
+        for nll in (-logprobs.detach()).split([sum(r.action_mask) for r in part_rows]):
+            answers.append(float(nll[-2 * args.k - 2 :].sum()) / args.k)
     lr = args.warmup_lr * min(1.0, (step + 1) / 50, max(0.02, 1.5 * (1 - progress)))
-    metrics = {"stage": "warmup", "step": step + 1, "loss": total} | update(run, lr)
-    return metrics | {
-        "tokens": sum(len(r.ids) for r in rows),
-        "seconds_update": time.perf_counter() - began,
-    }, []
+    metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
+    metrics |= {"answer_loss": float(np.mean(answers))} | update(run, lr)
+    metrics["tokens"] = sum(len(r.ids) for r in rows)
+    return metrics | {"seconds_update": time.perf_counter() - began}, []
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -692,6 +693,9 @@ class TextCollector:
     def apply_chat_template(self, messages, **_) -> str:
         return messages[-1]["content"]
 
+    def defuse(self, text: str) -> str:
+        return text
+
     def encode(self, text: str) -> list[int]:
         self.texts.append(text)
         return []
@@ -701,13 +705,8 @@ def demonstration_texts(ctx: Context, samples: list[Sample], k: int) -> list[str
     """Prompts, actions and observations of one demonstration a sample, every fourth about a pair."""
     collector, rng = TextCollector(), np.random.default_rng(0)
     for i, sample in enumerate(samples):
-        demonstrate(
-            collector,
-            ctx,
-            Task(sample, (3, 5) if i % 4 == 0 else None, i % 8 == 0),
-            k,
-            rng,
-        )
+        task = Task(sample, (3, 5) if i % 4 == 0 else None, i % 8 == 0)
+        demonstrate(collector, ctx, task, k, rng, max_calls=6)
     return collector.texts
 
 

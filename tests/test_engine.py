@@ -116,14 +116,14 @@ def scripted(policy, ctx, monkeypatch, seed=3):
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
     live = []
-    original = rollout_module.refill
+    original = rollout_module.Rollout.refill
 
-    def refill(policy, ctx, batch, rows, *rest):
-        live[:] = [rows]
-        return original(policy, ctx, batch, rows, *rest)
+    def refill(self):
+        original(self)
+        live[:] = [self.rows]
 
     forced.rows = lambda: live[0]
-    monkeypatch.setattr(rollout_module, "refill", refill)
+    monkeypatch.setattr(rollout_module.Rollout, "refill", refill)
     monkeypatch.setattr(rollout_module, "sample_tokens", forced)
 
 

@@ -1,0 +1,170 @@
+"""The driver on a miniature world: learning, exact resume, stopping, the run folder and its refusals."""
+
+import functools
+import json
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+from sasrec import train_sasrec
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A 150-user shop and one epoch of SASRec in place of the bundled world's sizes."""
+    monkeypatch.setattr(
+        data, "simulate_office", functools.partial(data.simulate_office, 150)
+    )
+    monkeypatch.setattr(
+        train, "train_sasrec", functools.partial(train_sasrec, epochs=1)
+    )
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    train.main()
+
+
+SHORT = (
+    "--batch",
+    2,
+    "--group-size",
+    4,
+    "--no-eval",
+    "--max-new-tokens",
+    400,
+    "--mine-samples",
+    12,
+)
+
+
+def read_metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(x).items() if "seconds" not in k} for x in lines
+    ]
+
+
+def test_resume_continues_exactly(small, monkeypatch, tmp_path):
+    """Both stages, stopped by SIGTERM in each: weights and metrics equal the uninterrupted run's."""
+    flags = (*SHORT, "--steps", 3, "--ppr-steps", 2, "--save-every", 1)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "whole")
+    step = train.grpo_step
+
+    def stopping(run, stage, number):
+        if (stage, number) in ((("rta"), 1), ("ppr", 0)):
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, stage, number)
+
+    monkeypatch.setattr(train, "grpo_step", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, *flags, "--out", tmp_path / "parts")
+    assert stopped.value.code == 143
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--resume", tmp_path / "parts")
+    monkeypatch.setattr(train, "grpo_step", step)
+    run_main(monkeypatch, "--resume", tmp_path / "parts")
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
+    for stage in ("rta", "ppr"):
+        a = load_file(tmp_path / "whole" / stage / "model.safetensors")
+        b = load_file(tmp_path / "parts" / stage / "model.safetensors")
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
+    run_main(
+        monkeypatch, *SHORT, "--steps", 1, "--ppr-steps", 1, "--out", tmp_path / "r"
+    )
+    documented = (
+        "stage step reward_mean reward_std ndcg@10 hit@1 hit@10 valid tool_calls tool_rate_of_rewarded "
+        "zero_variance_groups dropped_groups kl_sampler_trainer entropy grad_norm lr tokens seconds_rollout "
+        "seconds_update"
+    )
+    for line in read_metrics(tmp_path / "r"):
+        assert set(documented.split()) - {"seconds_rollout", "seconds_update"} <= set(
+            line
+        )
+        assert line["kl_sampler_trainer"] < 1e-4
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["args"]["steps"] == 1
+    assert config["fingerprint"]
+    for name in (
+        "rta/model.safetensors",
+        "ppr/config.json",
+        "hard_pairs.jsonl",
+        "trajectories.jsonl",
+    ):
+        assert (tmp_path / "r" / name).stat().st_size > 0
+
+
+def test_reward_rises_in_a_miniature_run(small, monkeypatch, tmp_path):
+    flags = (
+        "--batch",
+        6,
+        "--group-size",
+        6,
+        "--no-eval",
+        "--stage",
+        "rta",
+        "--steps",
+        14,
+        "--lr",
+        4e-4,
+    )
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    rewards = [m["reward_mean"] for m in read_metrics(tmp_path / "r")]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+
+
+def test_a_run_folder_is_never_clobbered(small, monkeypatch, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "precious").write_text("x")
+    with pytest.raises(train.ModelError, match="--overwrite"):
+        run_main(monkeypatch, *SHORT, "--out", tmp_path / "r")
+    assert (tmp_path / "r" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--group-size", "1"),
+        ("--lr", "-1"),
+        ("--k", "21"),
+        ("--temperature", "0"),
+        ("--steps", "x"),
+    ],
+)
+def test_impossible_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_args(list(flags))
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
+    def poisoned(policy, *_, **__):
+        for p in policy.model.parameters():
+            p.grad = torch.full_like(p, torch.nan)
+        return {
+            "zero_variance_groups": 0,
+            "dropped_groups": 0,
+            "kl_sampler_trainer": 0.0,
+            "entropy": 0.0,
+        }
+
+    monkeypatch.setattr(train, "policy_gradient", poisoned)
+    with pytest.raises(train.ModelError, match="not finite"):
+        run_main(
+            monkeypatch, *SHORT, "--stage", "rta", "--steps", 9, "--out", tmp_path / "r"
+        )
+    assert len(read_metrics(tmp_path / "r")) == 3
+    assert (tmp_path / "r" / "last" / "state.json").exists()
