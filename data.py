@@ -2,27 +2,52 @@
 
 A dataset is a folder with `items.jsonl` and `interactions.csv` in Amazon Reviews 2023's field names (see `read_folder`),
 or the bundled world `office-sim`, a simulated office-supplies shop (see `simulate_office`). `office` means the folder
-data/office where it exists and the bundled world otherwise.
+data/office where it exists and the bundled world otherwise. `python data.py office` (or cds, instruments, games) makes
+that folder from Amazon Reviews 2023.
 
 Deviations: 1. a user's interactions of the same time (day-granular data) are ordered as in the file, 1 ms apart;
 2. tools and SASRec are fitted on the first 3/4 of the train split and the agent learns on the last quarter, so that
 nothing fitted has seen the future of a sample that the agent learns from.
 """
 
+import argparse
 import bisect
 import csv
+import datetime
 import difflib
+import gzip
 import hashlib
+import html
 import json
 import math
+import os
 import pathlib
+import shutil
+import ssl
+import sys
+import urllib.error
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 
 import numpy as np
+from tqdm import tqdm
 
 N_CANDIDATES = 20
 N_HISTORY = 10
 KNOWN = ("office", "office-sim", "cds", "instruments", "games")
+HEADER = ["user_id", "parent_asin", "rating", "timestamp"]  # of interactions.csv
+OPTIONAL = {  # fields of an item that may be missing; a price of any form may
+    "store": (str, "text"),
+    "main_category": (str, "text"),
+    "categories": (list, "a list of text"),
+    "average_rating": ((int, float), "a number"),
+    "rating_number": ((int, float), "a number"),
+}
+MAX_LINE = 1 << 22  # bytes; a longer line is no product and no interaction
 
 
 class DatasetError(ValueError):
@@ -388,65 +413,134 @@ def simulate_office(n_users: int = 3000, seed: int = 7) -> Dataset:
 # --------------------------------------------------------------------------------------------------- reading a folder
 
 
-def read_items(path: pathlib.Path) -> dict[str, Item]:
-    """Items by id from a JSON-lines file; the category is the last of `categories`, else `main_category`."""
-    items: dict[str, Item] = {}
+def open_lines(path: pathlib.Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, unpacked behind a progress bar where its name ends in .gz.
+
+    DatasetError names the file, and the line where there is one, if it cannot be read.
+    """
+    number, packed = 0, path.suffix == ".gz"
+    needs = "a dataset needs the files items.jsonl and interactions.csv"
+    try:
+        size = os.stat(path).st_size
+        with (
+            open(path, "rb") as f,
+            tqdm.wrapattr(
+                f, "read", size, desc=f"reading {path.name}", disable=not packed
+            ) as counted,
+        ):
+            lines = gzip.GzipFile(fileobj=counted) if packed else f
+            while line := lines.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise DatasetError(
+                        f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; "
+                        "write one row a line"
+                    )
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as e:
+        raise DatasetError(
+            f"{path}:{number}: byte {e.start + 1} of the line is not UTF-8; "
+            "save the file as UTF-8"
+        ) from e
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DatasetError(
+            f"{path}: damaged or cut short ({e}); delete it and fetch it again"
+        ) from e
+    except OSError as e:
+        raise DatasetError(f"{path}: cannot be read ({e.strerror}); {needs}") from e
+
+
+def json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) for every line of a JSON-lines file that is not blank."""
     for number, line in enumerate(open_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
+            reason = getattr(e, "msg", "too deep, or a number too long")
             raise DatasetError(
-                f"{path}:{number}: not JSON ({e.msg}); write one object a line"
+                f"{path}:{number}: not JSON ({reason}); write one object a line"
             ) from e
         if not isinstance(row, dict) or not row.get("parent_asin"):
             raise DatasetError(
                 f"{path}:{number}: field parent_asin is missing; give every item an id"
             )
-        title = str(row.get("title") or "").strip()
-        if not title:
+        yield number, row
+
+
+def csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) below the header of a CSV file of interactions; blank lines are skipped."""
+    header = ""
+    for number, line in enumerate(open_lines(path), 1):
+        try:
+            row = next(csv.reader([line], strict=True), [])
+        except csv.Error as e:
+            raise DatasetError(
+                f"{path}:{number}: not CSV ({e}); write {','.join(HEADER)}"
+            ) from e
+        if number == 1:
+            header = ",".join(row)
+            if row != HEADER:
+                break
+        elif row:
+            yield number, row
+    if header != ",".join(HEADER):
+        raise DatasetError(
+            f"{path}:1: header is {header!r:.80}; it must be {','.join(HEADER)}"
+        )
+
+
+def positive_number(value: object) -> float | None:
+    """A positive number, also from text such as "$1,299.00"; None for null, a dash or "from 8.99"."""
+    try:
+        number = float(str(value).replace("$", "").replace(",", ""))
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def read_items(path: pathlib.Path) -> dict[str, Item]:
+    """Items by id from a JSON-lines file; the category is the last of `categories`, else `main_category`."""
+    items: dict[str, Item] = {}
+    for number, row in json_rows(path):
+        key, title = str(row["parent_asin"]), str(row.get("title") or "")
+        if not any(c.isprintable() and not c.isspace() for c in title):
             raise DatasetError(
                 f"{path}:{number}: field title is empty; give every item a title or drop its line"
             )
-        price = row.get("price")
-        price = (
-            float(price)
-            if isinstance(price, (int, float)) and price > 0 and math.isfinite(price)
-            else None
-        )
-        category = (row.get("categories") or [None])[-1] or row.get("main_category")
-        rated, count = row.get("average_rating"), row.get("rating_number")
-        key = str(row["parent_asin"])
+        if key in items:
+            raise DatasetError(
+                f"{path}:{number}: parent_asin {key!r:.40} appears a second time; keep one line of it"
+            )
+        check_fields(path, number, row)
         items[key] = Item(
             key,
             " ".join(title.split()),
             row.get("store") or None,
-            category,
-            price,
-            rated,
-            count,
+            (row.get("categories") or [None])[-1] or row.get("main_category"),
+            positive_number(row.get("price")),
+            positive_number(row.get("average_rating")),
+            row.get("rating_number"),
         )
     if len(items) < N_CANDIDATES:
         raise DatasetError(
-            f"{path}: {len(items)} items; at least {N_CANDIDATES} are needed"
+            f"{path}: {len(items)} items; add more, at least {N_CANDIDATES} are needed"
         )
     return items
 
 
-def open_lines(path: pathlib.Path):
-    """Lines of a UTF-8 file; a missing file or bad bytes become a DatasetError that names it."""
-    try:
-        with open(path, encoding="utf-8", newline="") as f:
-            yield from f
-    except UnicodeDecodeError as e:
-        raise DatasetError(
-            f"{path}: not UTF-8 at byte {e.start}; save it as UTF-8"
-        ) from e
-    except OSError as e:
-        raise DatasetError(
-            f"{path}: cannot be read ({e.strerror}); a dataset needs items.jsonl and interactions.csv"
-        ) from e
+def check_fields(path: pathlib.Path, number: int, row: dict) -> None:
+    """DatasetError where an optional field of an item is there but of the wrong type."""
+    for name, (kind, wanted) in OPTIONAL.items():
+        value = row.get(name)
+        good = isinstance(value, kind)
+        if kind is list and good:
+            good = all(isinstance(c, str) for c in value)
+        if value and not good:
+            raise DatasetError(
+                f"{path}:{number}: field {name} is {value!r:.40}; use {wanted} or null"
+            )
 
 
 def read_folder(folder: pathlib.Path, name: str) -> Dataset:
@@ -455,18 +549,12 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     catalogue = read_items(folder / "items.jsonl")
     index = {key: i for i, key in enumerate(catalogue)}
     path = folder / "interactions.csv"
-    reader = csv.reader(open_lines(path))
-    header = next(reader, [])
-    if header != ["user_id", "parent_asin", "rating", "timestamp"]:
-        raise DatasetError(
-            f"{path}:1: header is {','.join(header)!r}; it must be user_id,parent_asin,rating,timestamp"
-        )
     users: dict[str, int] = {}
-    rows, seen, duplicates = [], set(), 0
-    for number, row in enumerate(reader, 2):
+    rows, seen, duplicates = [], set(), []
+    for number, row in csv_rows(path):
         parsed = parse_interaction(path, number, row, index)
         if parsed in seen:
-            duplicates += 1
+            duplicates.append(number)
             continue
         seen.add(parsed)
         rows.append((users.setdefault(parsed[0], len(users)), *parsed[1:]))
@@ -476,7 +564,11 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
         )
     rows = untie(rows)
     columns = [np.array(c) for c in zip(*rows)]
-    notes = [f"{duplicates} duplicate rows skipped"] if duplicates else []
+    notes = []
+    if duplicates:
+        notes.append(
+            f"{path}:{duplicates[0]}: {len(duplicates)} duplicate rows skipped, this one first"
+        )
     return Dataset(name, list(catalogue.values()), list(users), *columns, notes=notes)
 
 
@@ -491,30 +583,40 @@ def untie(rows: list[tuple]) -> list[tuple]:
 
 
 def parse_interaction(
-    path: pathlib.Path, number: int, row: list[str], index: dict[str, int]
+    path: pathlib.Path, number: int, row: list[str], index: dict[str, int] | None
 ) -> tuple:
-    """(user, item index, rating, time) of one CSV row; DatasetError names the line and the field."""
-    if len(row) != 4:
+    """(user, item index, rating, time) of one CSV row, or its item's id where there is no index yet.
+
+    DatasetError names the line and the field.
+    """
+    where = f"{path}:{number}"
+    if len(row) != len(HEADER):
+        raise DatasetError(f"{where}: {len(row)} fields; expected {','.join(HEADER)}")
+    user, item, rating, time = row
+    if not user or not item:
+        name = "parent_asin" if user else "user_id"
+        raise DatasetError(f"{where}: {name} is empty; fill it in or drop the row")
+    if index is not None and item not in index:
         raise DatasetError(
-            f"{path}:{number}: {len(row)} fields; expected user_id,parent_asin,rating,timestamp"
-        )
-    if row[1] not in index:
-        raise DatasetError(
-            f"{path}:{number}: parent_asin {row[1]!r} is not in items.jsonl; add it or drop the row"
+            f"{where}: parent_asin {item!r:.40} is not in items.jsonl; add it or drop the row"
         )
     try:
-        rating = float(row[2])
+        stars = float(rating)
     except ValueError as e:
         raise DatasetError(
-            f"{path}:{number}: rating {row[2]!r} is not a number; use 1 to 5"
+            f"{where}: rating {rating!r:.40} is not a number; use 1 to 5"
         ) from e
-    if not 0 <= rating <= 5:
-        raise DatasetError(f"{path}:{number}: rating {row[2]} is outside 0 to 5")
-    if not row[3].isdigit() or not 10**11 < int(row[3]) < 10**13:
+    if not 0 <= stars <= 5:
         raise DatasetError(
-            f"{path}:{number}: timestamp {row[3]!r} is not in milliseconds since 1970"
+            f"{where}: rating {rating!r:.40} is outside 0 to 5; use 1 to 5"
         )
-    return row[0], index[row[1]], rating, int(row[3])
+    digits = time.isascii() and time.isdigit() and len(time) < 14
+    if not digits or not 10**11 < int(time) < 10**13:
+        raise DatasetError(
+            f"{where}: timestamp {time!r:.40} is not in milliseconds since 1970; "
+            "write for example 1664582400000"
+        )
+    return user, item if index is None else index[item], stars, int(time)
 
 
 def load_dataset(name: str, folder: str | None = None, seed: int = 0) -> Dataset:
@@ -524,7 +626,8 @@ def load_dataset(name: str, folder: str | None = None, seed: int = 0) -> Dataset
         if folder
         else pathlib.Path(__file__).parent / "data" / name
     )
-    if folder or (path / "items.jsonl").exists():
+    there = (path / "items.jsonl").exists() or name in KNOWN and os.path.lexists(path)
+    if folder or (there and name != "office-sim"):
         ds = read_folder(path, name)
     elif name in ("office", "office-sim"):
         ds = simulate_office()
@@ -561,3 +664,214 @@ def item_by_title(ds: Dataset, title: str) -> int | None:
     at = bisect.bisect_left(ds._sorted_titles, key)
     near = [t for t in ds._sorted_titles[at : at + 2] if t.startswith(key)]
     return ds._titles[near[0]] if len(near) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------------ Amazon Reviews 2023
+
+BASE_URL = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023"
+AMAZON = {  # source category, then the paper's users, items and interactions
+    "office": ("Office_Products", 27_130, 11_511, 47_333),
+    "cds": ("CDs_and_Vinyl", 5_437, 8_785, 13_826),
+    "instruments": ("Musical_Instruments", 7_593, 5_279, 15_746),
+    "games": ("Video_Games", 6_251, 3_003, 11_457),
+}
+TITLE_WORDS = 20  # longer titles are dropped, like those of one character or "<span id"
+
+
+def fetch(url: str, path: pathlib.Path) -> None:
+    """Download `url` to `path`, continuing what an earlier attempt left in `path`.part.
+
+    The size is checked before the file gets its name. DatasetError if it cannot be had.
+    """
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    advice = f"check the network and --base-url, or put the file into {path.parent}"
+    again = "run the same command again and it goes on from there"
+    try:
+        request = urllib.request.Request(url)
+        if have:
+            request.add_header("Range", f"bytes={have}-")
+        reply = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as e:
+        if e.code == 416:  # the file has no such part
+            advice = f"delete {part} and run the same command again"
+        raise DatasetError(f"{url}: HTTP {e.code} {e.reason}; {advice}") from e
+    except (OSError, ValueError, HTTPException) as e:
+        reason = getattr(e, "reason", e)
+        raise DatasetError(f"{url}: no answer ({reason}); {advice}") from e
+    have *= reply.status == 206  # any other answer starts at the first byte
+    length = reply.headers.get("Content-Length")
+    size = have + int(length) if length else None
+    bar = tqdm(None, path.name, size, unit="B", unit_scale=True, initial=have)
+    with reply, bar, open(part, "ab" if have else "wb") as f:
+        try:
+            while chunk := reply.read(1 << 20):
+                have += f.write(chunk)
+                bar.update(len(chunk))
+        except (ConnectionError, TimeoutError, ssl.SSLError, HTTPException) as e:
+            raise DatasetError(f"{url}: cut off ({e}); {again}") from e
+    if size not in (None, have):
+        raise DatasetError(f"{url}: got {have:,} of {size:,} bytes; {again}")
+    part.rename(path)
+
+
+def window_ratings(path: pathlib.Path, start: int, end: int) -> tuple[list[tuple], int]:
+    """Different rows (user, item, rating, ms) from `start` up to `end`, by time; and how many were duplicates."""
+    rows, duplicates = {}, 0
+    for number, row in csv_rows(path):
+        parsed = parse_interaction(path, number, row, None)
+        if start <= parsed[3] < end:
+            duplicates += parsed in rows
+            rows[parsed] = None
+    return sorted(rows, key=lambda r: r[3]), duplicates
+
+
+def clean(text: object) -> str:
+    """Text with HTML entities resolved, on one line, without characters that cannot be shown; "" for no text."""
+    text = html.unescape(text) if isinstance(text, str) else ""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def usable_items(
+    path: pathlib.Path, needed: set[str], keep_unpriced: bool
+) -> tuple[dict[str, dict], Counter]:
+    """Rows of items.jsonl for those of the `needed` ids that pass, and how many do not by reason."""
+    items, found, dropped = {}, set(), Counter()
+    for _, row in json_rows(path):
+        key = str(row["parent_asin"])
+        if key not in needed or key in found:
+            continue
+        found.add(key)
+        title, price = clean(row.get("title")), positive_number(row.get("price"))
+        count, listed = positive_number(row.get("rating_number")), row.get("categories")
+        listed = listed if isinstance(listed, list) else []
+        if len(title) < 2 or len(title.split()) > TITLE_WORDS or "<span id" in title:
+            dropped["items without a usable title"] += 1
+        elif price is None and not keep_unpriced:
+            dropped["items without a numeric price"] += 1
+        else:
+            items[key] = {
+                "parent_asin": key,
+                "title": title,
+                "store": clean(row.get("store")) or None,
+                "main_category": clean(row.get("main_category")) or None,
+                "categories": [c for c in map(clean, listed) if c],
+                "price": price,
+                "average_rating": positive_number(row.get("average_rating")),
+                "rating_number": int(count) if count else None,
+            }
+    dropped["items without metadata"] = len(needed - found)
+    return items, dropped
+
+
+def write_folder(
+    folder: pathlib.Path, items: dict[str, dict], rows: list[tuple], about: dict
+) -> None:
+    """Write and load the dataset beside `folder`, then rename: a half-written one never gets the name."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with open(part / "items.jsonl", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in items.values())
+        with open(part / "interactions.csv", "w", encoding="utf-8", newline="") as f:
+            csv.writer(f, lineterminator="\n").writerows([HEADER, *rows])
+        (part / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
+        load_dataset(folder.name, str(part))
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def milliseconds(day: str) -> int:
+    """Milliseconds from 1970 to the start of a day written YYYY-MM-DD, UTC."""
+    try:
+        return (datetime.date.fromisoformat(day) - datetime.date(1970, 1, 1)).days * DAY
+    except ValueError as e:
+        raise DatasetError(f"{day!r} is no date; write YYYY-MM-DD") from e
+
+
+def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
+    """Fetch, filter and write one subset; returns dataset.json: from what, how, and how it compares to the paper."""
+    category, *published = AMAZON[args.name]
+    start, end = milliseconds(args.min_date), milliseconds(args.max_date)
+    if start >= end:
+        raise DatasetError(f"--max-date {args.max_date} must be after {args.min_date}")
+    raw, period = pathlib.Path(args.raw_dir), f"{args.min_date} to {args.max_date}"
+    ratings, metadata = raw / f"{category}.csv.gz", raw / f"meta_{category}.jsonl.gz"
+    raw.mkdir(parents=True, exist_ok=True)
+    for path, remote in (
+        (ratings, "benchmark/5core/rating_only"),
+        (metadata, "raw/meta_categories"),
+    ):
+        if not path.exists():
+            fetch(f"{args.base_url.rstrip('/')}/{remote}/{path.name}", path)
+    rows, duplicates = window_ratings(ratings, start, end)
+    items, dropped = usable_items(metadata, {r[1] for r in rows}, args.keep_unpriced)
+    rows = [r for r in rows if r[1] in items]
+    if len(items) < N_CANDIDATES:
+        raise DatasetError(
+            f"{ratings}: {len(items)} items and {len(rows)} interactions of {period} "
+            "pass the filters; widen --min-date and --max-date"
+        )
+    found = len({r[0] for r in rows}), len(items), len(rows)
+    names = "users", "items", "interactions"
+    bytes_read = {p.name: p.stat().st_size for p in (ratings, metadata)}
+    about = {
+        "source": {"base_url": args.base_url, "bytes": bytes_read},
+        "filters": {
+            "time": f"{period}, the last day not included",
+            "title": f"2 characters to {TITLE_WORDS} words, no '<span id'",
+            "price": "any" if args.keep_unpriced else "a number",
+        },
+        "dropped": {"duplicate interactions": duplicates, **dropped},
+        "counts": dict(zip(names, found)),
+        "paper": dict(zip(names, published)),
+        "difference": {n: f - p for n, f, p in zip(names, found, published)},
+    }
+    write_folder(folder, items, rows, about)
+    return about
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Prepare Amazon Reviews 2023.")
+    add, here = parser.add_argument, pathlib.Path(__file__).parent / "data"
+    add("name", choices=list(AMAZON), help="one of the paper's four subsets")
+    add("--data-dir", help="folder to write (default: data/NAME)")
+    add("--raw-dir", default=here / "raw", help="downloads; used where already there")
+    add("--base-url", default=BASE_URL, help="of the files, for a mirror")
+    add("--min-date", default="2022-10-01", help="first day (default: the paper's)")
+    add("--max-date", default="2023-10-01", help="day after the last (the paper's)")
+    add("--keep-unpriced", action="store_true", help="keep items without a price")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    here = pathlib.Path(__file__).parent / "data"
+    folder = pathlib.Path(args.data_dir or here / args.name)
+    if os.path.lexists(folder):
+        raise DatasetError(f"{folder} exists; move it away to prepare it again")
+    try:
+        about = prepare(args, folder)
+    except OSError as e:
+        raise DatasetError(
+            f"{e.filename or args.raw_dir}: {e.strerror or e}; make room or choose "
+            "another --raw-dir or --data-dir, then run the same command again"
+        ) from e
+    for name, count in about["counts"].items():
+        print(f"{name} {count:,} (paper {about['paper'][name]:,})")
+    where = f" --data-dir {folder}" if args.data_dir else ""
+    print(f"written: {folder}; now: python train.py --dataset {args.name}{where}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DatasetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -428,9 +428,9 @@ def demonstrate(
     """A scripted trajectory for the warm-up: random tools, random trust in each, an answer that follows exactly.
 
     The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
-    trust x digit over the observations (ties by number). Which tools and how much trust pay is left to learning.
+    trust x digit over the observations. Which tools and how much trust pay is left to learning.
     """
-    tools = () if rng.random() < 0.06 and not task.pair else ALL_TOOLS
+    tools = () if rng.random() < 0.04 and not task.pair else ALL_TOOLS
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
     names = rng.permutation(
         [n for n in ALL_TOOLS if rng.random() < 0.15 or n != "item_info_search"]
@@ -459,8 +459,8 @@ def demonstrate(
         append_observation(t, observe(policy, observation.render()))
         if observation.scores is not None:
             total += TRUST[trust] * digits(observation.scores)
-    if not len(t.calls):
-        total = rng.random(len(total))
+    if len(t.calls) != 1:  # one list is copied in its order; otherwise ties are random
+        total = total + 0.5 * rng.random(len(total))
     ranking = (np.argsort(-total, kind="stable") + 1).tolist()
     if task.pair:
         first = min(task.pair, key=ranking.index)
