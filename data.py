@@ -11,7 +11,6 @@ nothing fitted has seen the future of a sample that the agent learns from.
 """
 
 import argparse
-import bisect
 import csv
 import datetime
 import difflib
@@ -649,21 +648,6 @@ def history(ds: Dataset, sample: Sample, limit: int | None = N_HISTORY) -> np.nd
     """Interaction indices the sample may show: strictly before its time, oldest first, the last `limit`."""
     rows = ds.before(sample.user, sample.time)
     return rows[-limit:] if limit else rows
-
-
-def item_by_title(ds: Dataset, title: str) -> int | None:
-    """Catalogue index of the item with this title (exact, then ignoring case, then as a unique prefix)."""
-    if not hasattr(ds, "_titles"):
-        ds._titles = {}
-        for i, item in enumerate(ds.items):
-            ds._titles.setdefault(item.title.casefold(), i)
-        ds._sorted_titles = sorted(ds._titles)
-    key = " ".join(title.split()).casefold()
-    if key in ds._titles or not key:
-        return ds._titles.get(key)
-    at = bisect.bisect_left(ds._sorted_titles, key)
-    near = [t for t in ds._sorted_titles[at : at + 2] if t.startswith(key)]
-    return ds._titles[near[0]] if len(near) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------ Amazon Reviews 2023

@@ -668,14 +668,17 @@ def open_run(args: argparse.Namespace) -> Run:
             model = train_sasrec(ds, end, progress=f"training {name}")
             save_sasrec(model, out / f"{name}.safetensors")
     ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
-    if args.model == "new":
-        policy = build_tiny_agent(
+    if (
+        args.model == "new"
+    ):  # kept, since its tokenizer must not change when the run is resumed
+        fresh = build_tiny_agent(
             demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
         )
-        policy.dtype = getattr(torch, args.dtype)
-    else:
-        path = HERE / args.model if (HERE / args.model).is_dir() else args.model
-        policy = load_policy(str(path), args.device, args.dtype)
+        save_policy(fresh, out / "start")
+        args.model = str(out / "start")
+        write_config(args, out, ds)
+    path = HERE / args.model if (HERE / args.model).is_dir() else args.model
+    policy = load_policy(str(path), args.device, args.dtype)
     print(
         f"agent {args.model}: {config_line(policy)}, {args.dtype} on {args.device}",
         flush=True,

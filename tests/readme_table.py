@@ -29,7 +29,9 @@ def cell(results, row, metric):
 
 def main(folders):
     results = [json.loads((pathlib.Path(f) / "eval.json").read_text()) for f in folders]
-    print(f"{len(results)} runs, {results[0]['split']} split, {results[0]['n']} samples\n")
+    print(
+        f"{len(results)} runs, {results[0]['split']} split, {results[0]['n']} samples\n"
+    )
     print("| row | H@1 | H@5 | H@10 | N@5 | N@10 | N@10 by run | valid | calls |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in results[0]["rows"]:
@@ -38,14 +40,21 @@ def main(folders):
         by_run = " ".join(f"{r['ndcg@10']['mean']:.3f}" for r in runs)
         agent = ["", ""]
         if runs[0]["valid"] is not None:
-            agent = [f"{mean([r['valid'] for r in runs]):.1%}", f"{mean([r['tool_calls'] for r in runs]):.2f}"]
+            agent = [
+                f"{mean([r['valid'] for r in runs]):.1%}",
+                f"{mean([r['tool_calls'] for r in runs]):.2f}",
+            ]
         print("| " + " | ".join([row, *cells, by_run, *agent]) + " |")
-    print("\n| difference | metric | by run: mean [95% paired interval] |\n|---|---|---|")
+    print(
+        "\n| difference | metric | by run: mean [95% paired interval] |\n|---|---|---|"
+    )
     for pair in results[0]["paired"]:
         if pair.startswith(("ppr-", "rta-frozen")):
             for metric in ("ndcg@10", "hit@1"):
                 parts = [r["paired"][pair][metric] for r in results]
-                text = "; ".join(f"{p['mean']:+.3f} [{p['lo']:+.3f}, {p['hi']:+.3f}]" for p in parts)
+                text = "; ".join(
+                    f"{p['mean']:+.3f} [{p['lo']:+.3f}, {p['hi']:+.3f}]" for p in parts
+                )
                 print(f"| {pair} | {metric} | {text} |")
 
 
