@@ -6,7 +6,7 @@ data/office where it exists and the bundled world otherwise. `python data.py off
 that folder from Amazon Reviews 2023.
 
 Deviations: 1. a user's interactions of the same time (day-granular data) are ordered as in the file, 1 ms apart;
-2. tools and SASRec are fitted on the first 3/4 of the train split and the agent learns on the last quarter, so that
+2. tools and SASRec are fitted on the first 7/8 of the train split and the agent learns on the last eighth, so that
 nothing fitted has seen the future of a sample that the agent learns from.
 """
 
@@ -166,7 +166,7 @@ def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
     """Cut the samples 80/10/10 by time into fit + train, valid and test; each sample's draw has its own seed.
 
     Every interaction with at least `min_history` earlier ones is a sample. The 80% are cut once more: their first
-    three quarters ("fit") only fit SASRec and the tools' statistics, the last quarter trains the agent.
+    seven eighths ("fit") only fit SASRec and the tools' statistics, the last eighth trains the agent.
     """
     rows = [
         r
@@ -184,7 +184,7 @@ def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
             f"{largest} items need {largest + N_CANDIDATES - 1}"
         )
     n = len(rows)
-    cuts = {"fit": (0, int(0.6 * n)), "train": (int(0.6 * n), int(0.8 * n))}
+    cuts = {"fit": (0, int(0.7 * n)), "train": (int(0.7 * n), int(0.8 * n))}
     cuts |= {"valid": (int(0.8 * n), int(0.9 * n)), "test": (int(0.9 * n), n)}
     for name, (a, b) in cuts.items():
         ds.splits[name] = []

@@ -192,12 +192,12 @@ def test_candidates_are_the_target_and_19_items_never_interacted_with(world):
 
 
 @pytest.mark.parametrize("name", ["world", pytest.param("real", marks=needs_real)])
-def test_splits_are_60_20_10_10_in_order_of_time(name, request):
+def test_splits_are_70_10_10_10_in_order_of_time(name, request):
     ds = request.getfixturevalue(name)
     assert list(ds.splits) == ["fit", "train", "valid", "test"]
     sizes = [len(s) for s in ds.splits.values()]
     shares = np.array(sizes) / sum(sizes)
-    assert np.abs(shares - [0.6, 0.2, 0.1, 0.1]).max() < 0.005
+    assert np.abs(shares - [0.7, 0.1, 0.1, 0.1]).max() < 0.005
     times = [s.time for s in every_sample(ds)]
     assert times == sorted(times)
     assert ds.fit_end == ds.splits["train"][0].time
