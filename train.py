@@ -62,7 +62,7 @@ STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 PRESETS = {  # the one source of each setting; `paper` holds what PAPER.md reports
     "tiny": {
         "model": "assets/tiny-agent",
-        "lr": 2e-4,
+        "lr": 1e-4,
         "batch": 12,
         "group_size": 8,
         "steps": 50,
@@ -163,7 +163,7 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     metrics |= policy_gradient(
         run.policy, groups, objective, args.temperature, args.micro_tokens
     )
-    metrics |= update(run, args.lr)
+    metrics |= update(run, args.lr * min(1.0, (step + 1) / 5))
     metrics |= {
         "seconds_rollout": rolled - began,
         "seconds_update": time.perf_counter() - rolled,
