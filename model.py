@@ -66,6 +66,7 @@ def shared_prefix_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, past=None, **_
 ):
     """Attention of [b, H, T, D] queries as `past` says; without `past` plain causal attention. Returns [b, T, H, D]."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary left them in fp32
     repeat = query.shape[1] // key.shape[1]
     if past is None or past.kind == "prefill":
         if past is not None:
