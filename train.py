@@ -62,17 +62,17 @@ STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 PRESETS = {  # the one source of each setting; `paper` holds what PAPER.md reports
     "tiny": {
         "model": "assets/tiny-agent",
-        "lr": 1e-4,
+        "lr": 1.5e-4,
         "batch": 12,
         "group_size": 8,
-        "steps": 50,
-        "ppr_steps": 20,
+        "steps": 40,
+        "ppr_steps": 12,
         "mine_samples": 320,
-        "temperature": 1.0,
+        "temperature": 0.6,
         "max_new_tokens": 640,
         "warmup_steps": 0,
         "warmup_lr": 2e-3,
-        "dtype": "float32",
+        "dtype": "auto",
         "micro_tokens": 16_384,
     },
     "paper": {
@@ -581,7 +581,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--device", default="auto", help="cpu, cuda, ...")
     machine.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16"],
+        choices=["auto", "float32", "bfloat16"],
         help="of the computation; weights stay float32",
     )
     machine.add_argument(
@@ -619,6 +619,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             setattr(args, name, value)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if has_bfloat16(args.device) else "float32"
     args.out = args.out or f"runs/{args.dataset}-{args.seed}"
     if args.group_size < 2 and args.stage != "warmup":
         parser.error(
@@ -640,6 +642,16 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive"
             )
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (a CPU tells in /proc/cpuinfo)."""
+    if device != "cpu":
+        return True
+    flags = pathlib.Path("/proc/cpuinfo")
+    return flags.exists() and bool(
+        {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split())
+    )
 
 
 def open_run(args: argparse.Namespace) -> Run:

@@ -29,14 +29,28 @@ def features(ds, prop, samples):
             same = prop[name][cand][:, None] == prop[name][past][None]  # 20, n
             columns += [same.mean(1), same[:, -3:].mean(1), same.sum(1) / (n + 2)]
             counts = np.bincount(prop[name][past])
-            habits += [counts.max() / n, (prop[name][past][1:] == prop[name][past][:-1]).mean() if n > 1 else 0]
+            habits += [
+                counts.max() / n,
+                (prop[name][past][1:] == prop[name][past][:-1]).mean() if n > 1 else 0,
+            ]
         follows = [past[i + 1] in prop["complement"][past[i]] for i in range(n - 1)]
         columns.append(np.isin(cand, prop["complement"][past[-1]]).astype(float))
-        columns.append(np.abs(prop["band"][cand][:, None] - prop["band"][past][None]).mean(1))
+        columns.append(
+            np.abs(prop["band"][cand][:, None] - prop["band"][past][None]).mean(1)
+        )
         same = prop["category"][cand][:, None] == prop["category"][past][None]
-        columns += [(same * (rating - 3.4)).sum(1) / (same.sum(1) + 0.5), prop["appeal"][cand]]
-        habits += [np.mean(follows) if follows else 0.0, rating.mean() / 5, rating.std()]
-        out.append(np.concatenate([np.stack(columns, 1), np.tile(habits, (len(cand), 1))], 1))
+        columns += [
+            (same * (rating - 3.4)).sum(1) / (same.sum(1) + 0.5),
+            prop["appeal"][cand],
+        ]
+        habits += [
+            np.mean(follows) if follows else 0.0,
+            rating.mean() / 5,
+            rating.std(),
+        ]
+        out.append(
+            np.concatenate([np.stack(columns, 1), np.tile(habits, (len(cand), 1))], 1)
+        )
     return torch.tensor(np.array(out), dtype=torch.float32)
 
 
@@ -50,10 +64,18 @@ def main():
     test = world.splits["test"]
     x, y = features(others, prop, train), torch.tensor([s.target for s in train])
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(x.shape[2], 128), nn.GELU(), nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 1))
+    net = nn.Sequential(
+        nn.Linear(x.shape[2], 128),
+        nn.GELU(),
+        nn.Linear(128, 64),
+        nn.GELU(),
+        nn.Linear(64, 1),
+    )
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
     epochs = 12
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * -(-len(x) // 256))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 4e-3, total_steps=epochs * -(-len(x) // 256)
+    )
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(256):
             loss = nn.functional.cross_entropy(net(x[batch])[..., 0], y[batch])
@@ -69,7 +91,9 @@ def main():
         ranks = ranks_from_scores(table, test)
         for m in ("hit@1", "ndcg@10"):
             b = bootstrap(np.array([metric(m, r, 10) for r in ranks]), users)
-            print(f"{name:12}{m:9}{b['mean']:.3f} ({b['lo']:.3f}–{b['hi']:.3f}), {len(test)} test samples")
+            print(
+                f"{name:12}{m:9}{b['mean']:.3f} ({b['lo']:.3f}–{b['hi']:.3f}), {len(test)} test samples"
+            )
 
 
 if __name__ == "__main__":
