@@ -272,12 +272,6 @@ def table(result: dict) -> str:
     ]
     for name, row in result["rows"].items():
         cells = "".join(
-            f"{row[m]['mean']:7.3f} [{row[m]['lo']:.3f},{row[m]['hi']:.3f}]"[:19].rjust(
-                19
-            )
-            for m in shown
-        )
-        cells = "".join(
             f"{row[m]['mean']:.3f} {row[m]['lo']:.3f}–{row[m]['hi']:.3f}".rjust(19)
             for m in shown
         )
@@ -288,7 +282,7 @@ def table(result: dict) -> str:
         )
         lines.append(f"{name:26}{cells}{agent}")
     last = next((n for n in ("ppr", "rta", "frozen") if n in result["rows"]), None)
-    if last:
+    if last and len(result["rows"]) > 1:
         lines.append(f"\nN@10 of {last} minus each other row (paired):")
         for pair, difference in result["paired"].items():
             if pair.startswith(f"{last}-"):

@@ -107,20 +107,22 @@ def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
 
 
 def test_reward_rises_in_a_miniature_run(small, monkeypatch, tmp_path):
+    """At temperature 1.4 the agent often breaks the format; a dozen updates measurably mend that."""
     flags = (
         "--batch",
-        6,
+        8,
         "--group-size",
-        6,
-        "--no-eval",
-        "--stage",
-        "rta",
+        8,
         "--steps",
-        14,
+        12,
         "--lr",
-        4e-4,
+        2e-4,
+        "--temperature",
+        1.4,
     )
-    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    run_main(
+        monkeypatch, *flags, "--no-eval", "--stage", "rta", "--out", tmp_path / "r"
+    )
     rewards = [m["reward_mean"] for m in read_metrics(tmp_path / "r")]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
 
