@@ -63,6 +63,8 @@ PRESETS = {  # the one source of each setting; `paper` holds what PAPER.md repor
     "tiny": {
         "model": "assets/tiny-agent",
         "lr": 1.5e-4,
+        "ppr_lr": 5e-5,
+        "list_share": 0.5,
         "batch": 12,
         "group_size": 8,
         "steps": 40,
@@ -78,6 +80,8 @@ PRESETS = {  # the one source of each setting; `paper` holds what PAPER.md repor
     "paper": {
         "model": "Qwen/Qwen3-4B-Instruct-2507",
         "lr": 1e-6,
+        "ppr_lr": 1e-6,
+        "list_share": 0.0,
         "batch": 64,
         "group_size": 8,
         "epochs": 3,
@@ -113,23 +117,26 @@ class Run:
 
 
 def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
-    """The prompts of one step: samples (rta) or hard pairs in both directions (ppr), reshuffled every epoch."""
+    """The prompts of one step, reshuffled every epoch: samples (rta), or hard pairs in both directions (ppr).
+
+    A share of stage 2's prompts (--list-share) asks for the ranking of the pairs' samples again; without them the
+    tiny agent forgets within a dozen steps how to answer a ranking.
+    """
+    args = run.args
     pool = run.pairs if stage == "ppr" else run.ds.splits["train"]
-    size = min(
-        len(pool), max(1, run.args.batch // 2) if stage == "ppr" else run.args.batch
-    )
-    per_epoch = max(1, len(pool) // size)
-    epoch, at = divmod(step, per_epoch)
-    seed = [run.args.seed, STAGE_SEED[stage], epoch]
-    chosen = np.random.default_rng(seed).permutation(len(pool))[
-        at * size : (at + 1) * size
-    ]
+    n_pairs = max(1, round(args.batch * (1 - args.list_share) / 2))
+    n_lists = args.batch if stage == "rta" else max(0, args.batch - 2 * n_pairs)
+    size = min(len(pool), n_lists if stage == "rta" else n_pairs + n_lists)
+    epoch, at = divmod(step, max(1, len(pool) // size))
+    seed = [args.seed, STAGE_SEED[stage], epoch]
+    order = np.random.default_rng(seed).permutation(len(pool))
+    chosen = [pool[i] for i in order[at * size : (at + 1) * size]]
     if stage == "rta":
-        return [Task(pool[i]) for i in chosen]
+        return [Task(sample) for sample in chosen]
     samples = {s.id: s for s in run.ds.splits["train"]}
-    return pair_tasks(
-        [pool[i] for i in chosen], samples, np.random.default_rng([*seed, step])
-    )
+    rng = np.random.default_rng([*seed, step])
+    lists = [Task(samples[pair.sample]) for pair in chosen[n_pairs:]]
+    return pair_tasks(chosen[:n_pairs], samples, rng) + lists
 
 
 def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
@@ -149,9 +156,7 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
         max_new_tokens=args.max_new_tokens,
     )
     for t in (t for group in groups for t in group):
-        t.reward = (
-            pair_reward(t) if stage == "ppr" else list_reward(t, args.k, args.bonus)
-        )
+        t.reward = pair_reward(t) if t.task.pair else list_reward(t, args.k, args.bonus)
     rolled = time.perf_counter()
     metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
     objective = Objective(
@@ -163,7 +168,8 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     metrics |= policy_gradient(
         run.policy, groups, objective, args.temperature, args.micro_tokens
     )
-    metrics |= update(run, args.lr * min(1.0, (step + 1) / 5))
+    lr = args.ppr_lr if stage == "ppr" else args.lr
+    metrics |= update(run, lr * min(1.0, (step + 1) / 5))
     metrics |= {
         "seconds_rollout": rolled - began,
         "seconds_update": time.perf_counter() - rolled,
@@ -302,7 +308,7 @@ def stage_steps(run: Run, stage: str) -> int:
     if stage == "warmup":
         return args.warmup_steps
     if stage == "ppr":
-        epoch = max(1, 2 * len(run.pairs) // args.batch)
+        epoch = max(1, round(len(run.pairs) / (args.batch * (1 - args.list_share) / 2)))
         return (
             args.ppr_steps
             if args.ppr_steps is not None
@@ -528,6 +534,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--warmup-lr", type=float, help="learning rate of the warm-up")
     how.add_argument("--lr", type=float, help="learning rate (paper: 1e-6)")
+    how.add_argument(
+        "--ppr-lr", type=float, help="learning rate of stage 2 (paper: 1e-6)"
+    )
+    how.add_argument(
+        "--list-share", type=float, help="share of rankings among stage 2's prompts"
+    )
     how.add_argument("--batch", type=int, help="prompts a step (paper: 64)")
     how.add_argument(
         "--group-size", type=int, help="trajectories a prompt, G (paper: 8)"
@@ -628,6 +640,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
     if not 1 <= args.k <= 20:
         parser.error(f"--k {args.k}: must be between 1 and the 20 candidates")
+    if not 0 <= args.list_share < 1:
+        parser.error(f"--list-share {args.list_share}: must be at least 0 and below 1")
     for name in (
         "lr",
         "batch",
