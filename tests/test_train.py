@@ -35,6 +35,8 @@ def run_main(monkeypatch, *flags):
 
 
 SHORT = (
+    "--dtype",
+    "float32",
     "--batch",
     2,
     "--group-size",
