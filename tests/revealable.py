@@ -1,6 +1,6 @@
 """How much of the oracle's lead can ten interactions reveal? A ranker that knows the shop but not the user.
 
-    python tests/revealable.py
+    PYTHONPATH=. python tests/revealable.py      # half a minute on two cores
 
 The oracle knows each user's hidden taste. This script trains a small network on other simulated users (another seed of
 the same shop) that sees, for each candidate, how it matches the visible history on every hidden property of the shop
