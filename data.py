@@ -323,8 +323,10 @@ def simulate_office(n_users: int = 3000, seed: int = 7) -> Dataset:
     items, prop = make_catalogue(rng)
     n_items, n_cat = len(items), int(prop["category"].max()) + 1
     everyone = np.arange(n_users)
-    weights = np.full((n_users, 6), 0.10)  # [users, evidence]
-    drivers = np.argsort(-(rng.gumbel(size=(n_users, 6)) + np.log(FREQUENCY)), axis=1)
+    weights = np.full((n_users, len(EVIDENCE)), 0.10)  # [users, evidence]
+    drivers = np.argsort(
+        -(rng.gumbel(size=(n_users, len(EVIDENCE))) + np.log(FREQUENCY)), axis=1
+    )
     weights[everyone, drivers[:, 0]], weights[everyone, drivers[:, 1]] = 1.0, 0.7
     weights[everyone, drivers[:, 2]] = 0.35
     brand, band = (

@@ -80,20 +80,15 @@ class Context:
 
     ds: Dataset
     sasrec: SASRec
-    profiles: dict[int, str] = field(
-        default_factory=dict
-    )  # sample id -> text written by a model beforehand
+    # sample id -> profile text written by a model beforehand, shown instead of the template
+    profiles: dict[int, str] = field(default_factory=dict)
     title_limit: int = 60
 
     def __post_init__(self):
         ds = self.ds
         kinds = [item.category or item.store or "" for item in ds.items]
         names = sorted(set(kinds))
-        self.kind = (
-            np.array([names.index(k) for k in kinds])
-            if len(names) < 50
-            else self._index(kinds, names)
-        )
+        self.kind = self._index(kinds, names)
         self.kind_names = names
         brand_names = sorted({i.store or "" for i in ds.items})
         self.brand = self._index([i.store or "" for i in ds.items], brand_names)
