@@ -28,9 +28,10 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
+from operator import itemgetter
 
 import numpy as np
 from tqdm import tqdm
@@ -51,6 +52,24 @@ MAX_LINE = 1 << 22  # bytes; a longer line is no product and no interaction
 
 class DatasetError(ValueError):
     """A dataset that cannot be used: one line with file, line, field and what to do."""
+
+
+def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
+    """Run a script; Ctrl-C and what its user can mend end it with one line and no traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    except (DatasetError, *errors) as error:
+        reason = str(error)
+    except OSError as error:  # a full disk, a folder without write permission
+        reason = str(error).splitlines()[0]
+        if error.strerror:
+            where = error.filename or "the run folder"
+            reason = f"{where}: cannot be read or written ({error.strerror})"
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 @dataclass(frozen=True)
@@ -92,17 +111,15 @@ class Dataset:
     rating: np.ndarray  # [N] 1 to 5
     time: np.ndarray  # [N] ms
     simulated: bool = False
-    utility: np.ndarray | None = (
-        None  # [N, items] the simulator's true utilities at each choice (oracle only)
-    )
+    # [N, items] the simulator's true utilities at each choice (oracle only)
+    utility: np.ndarray | None = None
     notes: list[str] = field(default_factory=list)  # what was skipped while reading
-    splits: dict[str, list[Sample]] = field(default_factory=dict)
+    splits: dict[str, "Samples"] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.by_user: list[np.ndarray] = [np.empty(0, int)] * len(self.users)
         order = np.argsort(self.user, kind="stable")
         starts = np.searchsorted(self.user[order], np.arange(len(self.users) + 1))
-        self.by_user = np.split(order, starts[1:-1])
+        self.by_user: list[np.ndarray] = np.split(order, starts[1:-1])
 
     def before(self, user: int, time: int) -> np.ndarray:
         """Interaction indices of `user` strictly before `time`, oldest first."""
@@ -121,14 +138,10 @@ class Dataset:
 
     def describe(self) -> str:
         """The first line of every run."""
-        kind = (
-            "SIMULATED office-supplies shop (bundled, not real people)"
-            if self.simulated
-            else "real interactions"
-        )
-        counts = ", ".join(
-            f"{name} {len(samples):,}" for name, samples in self.splits.items()
-        )
+        kind = "real interactions"
+        if self.simulated:
+            kind = "SIMULATED office-supplies shop (bundled, not real people)"
+        counts = ", ".join(f"{name} {len(s):,}" for name, s in self.splits.items())
         return (
             f"dataset {self.name}: {kind}; {len(self.users):,} users, {len(self.items):,} items, "
             f"{len(self.item):,} interactions; samples: {counts}"
@@ -146,314 +159,264 @@ class Dataset:
 # ------------------------------------------------------------------------------------------------ samples and the split
 
 
-def draw_candidates(
-    ds: Dataset, row: int, rng: np.random.Generator
-) -> tuple[tuple[int, ...], int]:
-    """The positive of interaction `row` and 19 random items its user never interacted with, shuffled."""
-    taken = set(ds.item[ds.by_user[ds.user[row]]].tolist())
-    negatives: list[int] = []
-    while len(negatives) < N_CANDIDATES - 1:
-        i = int(rng.integers(len(ds.items)))
-        if i not in taken:
-            taken.add(i)
-            negatives.append(i)
+@dataclass(eq=False, repr=False)
+class Samples(Sequence):
+    """The samples of some interactions, each drawn when first asked for: a million cost nothing until then."""
+
+    ds: Dataset
+    rows: np.ndarray  # the interactions that hold the positives
+    seed: int
+    drawn: dict[int, Sample] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Samples(self.ds, self.rows[i], self.seed, self.drawn)
+        row = int(self.rows[i])
+        if row not in self.drawn:
+            self.drawn[row] = draw_sample(self.ds, row, self.seed)
+        return self.drawn[row]
+
+    def __add__(self, other: "Samples") -> "Samples":
+        rows = np.append(self.rows, other.rows)
+        return Samples(self.ds, rows, self.seed, self.drawn)
+
+
+def draw_sample(ds: Dataset, row: int, seed: int) -> Sample:
+    """The positive of interaction `row` and 19 random items its user never interacted with, shuffled.
+
+    The draw has its own seed: it depends on the dataset, `seed` and `row` only.
+    """
+    rng, user = np.random.default_rng([seed, row]), int(ds.user[row])
+    taken = set(ds.item[ds.by_user[user]].tolist())
+    candidates: list[int] = []
+    while missing := N_CANDIDATES - 1 - len(candidates):
+        for i in rng.integers(len(ds.items), size=missing).tolist():
+            if i not in taken:
+                taken.add(i)
+                candidates.append(i)
     target = int(rng.integers(N_CANDIDATES))
-    negatives.insert(target, int(ds.item[row]))
-    return tuple(negatives), target
+    candidates.insert(target, int(ds.item[row]))
+    return Sample(row, user, int(ds.time[row]), tuple(candidates), target)
 
 
 def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
-    """Cut the samples 80/10/10 by time into fit + train, valid and test; each sample's draw has its own seed.
+    """Cut the samples 80/10/10 by time into fit + train, valid and test.
 
     Every interaction with at least `min_history` earlier ones is a sample. The 80% are cut once more: their first
     seven eighths ("fit") only fit SASRec and the tools' statistics, the last eighth trains the agent.
     """
-    rows = [
-        r
-        for r in range(len(ds.item))
-        if len(ds.before(ds.user[r], ds.time[r])) >= min_history
-    ]
-    if len(rows) < 40:
+    parts = []
+    for rows in ds.by_user:
+        time = ds.time[rows]
+        parts.append(rows[np.searchsorted(time, time) >= min_history])
+    rows = np.sort(np.concatenate(parts))
+    n = len(rows)
+    if n < 40:
         raise DatasetError(
-            f"{ds.name}: only {len(rows)} samples have a history; add interactions (40 are needed)"
+            f"{ds.name}: only {n} samples have a history; add interactions (40 are needed)"
         )
     largest = max(len(set(ds.item[r].tolist())) for r in ds.by_user)
-    if len(ds.items) < largest + N_CANDIDATES - 1:
+    needed = largest + N_CANDIDATES - 1
+    if len(ds.items) < needed:
         raise DatasetError(
             f"{ds.name}: {len(ds.items)} items are too few: {N_CANDIDATES - 1} negatives beside a user's "
-            f"{largest} items need {largest + N_CANDIDATES - 1}"
+            f"{largest} items need {needed}"
         )
-    n = len(rows)
-    cuts = {"fit": (0, int(0.7 * n)), "train": (int(0.7 * n), int(0.8 * n))}
-    cuts |= {"valid": (int(0.8 * n), int(0.9 * n)), "test": (int(0.9 * n), n)}
-    for name, (a, b) in cuts.items():
-        ds.splits[name] = []
-        for row in rows[a:b]:
-            candidates, target = draw_candidates(
-                ds, row, np.random.default_rng([seed, row])
-            )
-            ds.splits[name].append(
-                Sample(row, int(ds.user[row]), int(ds.time[row]), candidates, target)
-            )
+    cuts = [0, int(0.7 * n), int(0.8 * n), int(0.9 * n), n]
+    for name, a, b in zip(("fit", "train", "valid", "test"), cuts, cuts[1:]):
+        ds.splits[name] = Samples(ds, rows[a:b], seed)
 
 
 # ------------------------------------------------------------------------------------------------- the bundled office
 
-SHOP = {  # project -> category -> products; a project is what a buyer is busy with for a while
-    "desk": {
-        "Staplers": "Stapler Staples Remover",
-        "Pens": "Ballpoint Gelpen Fineliner",
-        "Clips": "Binder Clip Pin",
-    },
-    "mail": {
-        "Envelopes": "Envelope Mailer Pouch",
-        "Labels": "Label Stamp Sticker",
-        "Tape": "Tape Dispenser Glue",
-    },
-    "archive": {
-        "Folders": "Folder Sleeve Divider",
-        "Boxes": "Box Crate Drawer",
-        "Shelves": "Shelf Rack Tray",
-    },
-    "print": {
-        "Paper": "Paper Cardstock Roll",
-        "Ink": "Ink Toner Ribbon",
-        "Printers": "Printer Scanner Laminator",
-    },
-    "study": {
-        "Notebooks": "Notebook Journal Pad",
-        "Planners": "Planner Calendar Diary",
-        "Boards": "Board Easel Chart",
-    },
-    "art": {
-        "Markers": "Marker Crayon Chalk",
-        "Scissors": "Scissors Cutter Knife",
-        "Paint": "Paint Brush Canvas",
-    },
-}
+SHOP = """\
+desk    Staplers  Stapler Staples Remover
+desk    Pens      Ballpoint Gelpen Fineliner
+desk    Clips     Binder Clip Pin
+mail    Envelopes Envelope Mailer Pouch
+mail    Labels    Label Stamp Sticker
+mail    Tape      Tape Dispenser Glue
+archive Folders   Folder Sleeve Divider
+archive Boxes     Box Crate Drawer
+archive Shelves   Shelf Rack Tray
+print   Paper     Paper Cardstock Roll
+print   Ink       Ink Toner Ribbon
+print   Printers  Printer Scanner Laminator
+study   Notebooks Notebook Journal Pad
+study   Planners  Planner Calendar Diary
+study   Boards    Board Easel Chart
+art     Markers   Marker Crayon Chalk
+art     Scissors  Scissors Cutter Knife
+art     Paint     Paint Brush Canvas
+"""  # a project (what a buyer is busy with for a while), a category of it, its products
+KINDS = [(p, c, noun) for p, c, *nouns in map(str.split, SHOP.splitlines()) for noun in nouns]  # fmt: skip
+PROJECTS = list(dict.fromkeys(project for project, _, _ in KINDS))
+CATEGORIES = list(dict.fromkeys(category for _, category, _ in KINDS))
 BRANDS = "Norvik Kallo Bexley Tamaro Ostia Quill Merino Zephyr Halden Ivory Jasper Lumen Pavo Rivet Sable Umber"
 ADJECTIVES = "Fine Bold Mini Grand Classic Matte Clear Blue Red Green Grey Slim Heavy Eco Pro Soft Quick Duo Prime Basic"
-EVIDENCE = (
-    "brand",
-    "project",
-    "price",
-    "complement",
-    "taste",
-    "rating",
-)  # what can drive a simulated user
-STRENGTH = np.array(
-    [6.0, 4.6, 4.0, 7.0, 5.0, 4.5]
-)  # utility of a full match, chosen so that each explains alike
-FREQUENCY = np.array(
-    [0.24, 0.14, 0.05, 0.26, 0.23, 0.08]
-)  # how often each is the main driver
+STYLES, BANDS = 8, 4  # hidden styles of items; price bands
+# what can drive a simulated user, in the order of the next two lines
+EVIDENCE = "brand", "project", "price", "complement", "taste", "rating"
+STRENGTH = np.array([7.0, 6.5, 5.5, 8.0, 5.5, 6.5])  # utility of a full match
+# how often each is the main driver
+FREQUENCY = np.array([0.4, 0.26, 0.03, 0.14, 0.05, 0.12])
 DAY = 86_400_000
+LENGTH = (8, 16)
 
 
 def make_catalogue(
-    rng: np.random.Generator, n_items: int = 480
+    rng: np.random.Generator, n_items: int = 1800
 ) -> tuple[list[Item], dict[str, np.ndarray]]:
     """Items of the simulated shop and their hidden properties, arrays with one entry an item."""
-    kinds = [
-        (p, c, noun)
-        for p, cats in SHOP.items()
-        for c, nouns in cats.items()
-        for noun in nouns.split()
-    ]
     brands, adjectives = BRANDS.split(), ADJECTIVES.split()
-    items, titles = [], set()
-    prop = {
-        k: np.zeros(n_items, int)
-        for k in ("brand", "project", "category", "band", "style")
-    }
-    categories = [c for cats in SHOP.values() for c in cats]
-    base = rng.uniform(0, 1.0, len(kinds))
+    base = rng.uniform(0, 1.0, len(KINDS))
+    items, titles, hidden = [], {""}, []
     for i in range(n_items):
-        k = i % len(kinds)
-        project, category, noun = kinds[k]
-        while True:
-            b, a = int(rng.integers(len(brands))), int(rng.integers(len(adjectives)))
+        project, category, noun = KINDS[i % len(KINDS)]
+        title = ""
+        while title in titles:
+            b, a = rng.integers(len(brands)), rng.integers(len(adjectives))
             title = f"{brands[b]} {adjectives[a]} {noun}"
-            if title not in titles:
-                break
         titles.add(title)
-        band = int(rng.integers(4))
-        price = round(
-            float(np.exp(1.2 + 0.9 * band + 0.3 * base[k] + 0.25 * rng.normal())), 2
-        )
+        band = rng.integers(BANDS)
+        level = 1.2 + 0.9 * band + 0.3 * base[i % len(KINDS)] + 0.25 * rng.normal()
+        price, stars = round(float(np.exp(level)), 2), float(rng.uniform(3.4, 4.9))
         items.append(
-            Item(
-                f"SIM{i:04d}",
-                title,
-                brands[b],
-                category,
-                price,
-                round(float(rng.uniform(3.4, 4.9)), 1),
-                0,
-            )
+            Item(f"SIM{i:04d}", title, brands[b], category, price, round(stars, 1))
         )
-        prop["brand"][i], prop["band"][i], prop["style"][i] = (
-            b,
-            band,
-            int(rng.integers(8)),
-        )
-        prop["project"][i], prop["category"][i] = (
-            list(SHOP).index(project),
-            categories.index(category),
-        )
-    prop["complement"] = np.stack(
-        [rng.permutation(n_items)[:3] for _ in range(n_items)]
-    )  # [items, 3]
+        places = PROJECTS.index(project), CATEGORIES.index(category)
+        hidden.append((b, *places, band, rng.integers(STYLES)))
+    names = "brand", "project", "category", "band", "style"
+    prop = dict(zip(names, np.array(hidden).T))
+    prop["complement"] = np.stack([rng.permutation(n_items)[:3] for _ in items])
     prop["appeal"] = 0.2 * rng.normal(size=n_items)
-    number = np.exp(4 + prop["appeal"] * 4 + 0.3 * rng.normal(size=n_items)).astype(int)
-    items = [
-        Item(**{**i.__dict__, "rating_number": int(n)}) for i, n in zip(items, number)
-    ]
-    return items, prop
+    number = np.exp(4 + prop["appeal"] * 4 + 0.3 * rng.normal(size=n_items))
+    return [replace(i, rating_number=int(n)) for i, n in zip(items, number)], prop
 
 
-def simulate_office(n_users: int = 3000, seed: int = 7) -> Dataset:
+def simulate_office(n_users: int = 2000, seed: int = 7) -> Dataset:
     """A shop whose users differ in which evidence predicts them; generated in under 2 s.
 
-    Each user has one main and one lesser driver among EVIDENCE, hidden tastes (favourite brand, price band, style,
+    Each user has one main and two lesser drivers among EVIDENCE, hidden tastes (favourite brand, price band, style,
     loved and hated categories) and a project that changes now and then. An item's utility is the weighted sum of
     the six matches plus its general appeal; the next purchase is drawn from the softmax over items not yet owned.
     """
     rng = np.random.default_rng(seed)
     items, prop = make_catalogue(rng)
-    n_items, n_cat = len(items), int(prop["category"].max()) + 1
-    everyone = np.arange(n_users)
-    weights = np.full((n_users, len(EVIDENCE)), 0.10)  # [users, evidence]
-    drivers = np.argsort(
-        -(rng.gumbel(size=(n_users, len(EVIDENCE))) + np.log(FREQUENCY)), axis=1
-    )
-    weights[everyone, drivers[:, 0]], weights[everyone, drivers[:, 1]] = 1.0, 0.7
-    weights[everyone, drivers[:, 2]] = 0.35
-    brand, band = (
-        rng.integers(len(BRANDS.split()), size=n_users),
-        rng.integers(4, size=n_users),
-    )
-    style, project = (
-        rng.integers(8, size=n_users),
-        rng.integers(len(SHOP), size=n_users),
-    )
-    love = np.zeros((n_users, n_cat))
-    order = np.argsort(rng.random((n_users, n_cat)), axis=1)
-    np.put_along_axis(love, order[:, :3], 1.0, axis=1)
-    np.put_along_axis(love, order[:, 3:9], -1.0, axis=1)
-    length = rng.integers(7, 15, size=n_users)
-    start = rng.uniform(0, 0.25, size=n_users)
-    owned = np.zeros((n_users, n_items), bool)
-    last = np.full(n_users, -1)
-    static = weights[:, 0, None] * STRENGTH[0] * (prop["brand"][None] == brand[:, None])
-    static += (
-        weights[:, 2, None]
-        * STRENGTH[2]
-        * (1 - 0.8 * np.abs(prop["band"][None] - band[:, None]).clip(0, 2))
-    )
-    static += (
-        weights[:, 4, None] * STRENGTH[4] * (prop["style"][None] == style[:, None])
-    )
-    static += (
-        weights[:, 5, None] * STRENGTH[5] * love[:, prop["category"]]
-        + prop["appeal"][None]
-    )
-    rows: list[tuple[np.ndarray, ...]] = []
-    for step in range(length.max()):
-        project = np.where(
-            rng.random(n_users) < 0.15, rng.integers(len(SHOP), size=n_users), project
-        )
-        utility = static + weights[:, 1, None] * STRENGTH[1] * (
-            prop["project"][None] == project[:, None]
-        )
-        if step:
-            match = np.zeros((n_users, n_items))
-            np.put_along_axis(match, prop["complement"][last], 1.0, axis=1)
-            utility += weights[:, 3, None] * STRENGTH[3] * match
-        noisy = np.where(owned, -np.inf, utility + rng.gumbel(size=utility.shape))
-        last = noisy.argmax(1)
-        owned[everyone, last] = True
-        liked = (
-            3.6
-            + 1.2 * love[everyone, prop["category"][last]]
-            + 0.7 * rng.normal(size=n_users)
-        )
-        when = (
-            (start + (1 - start) * (step + rng.uniform(0.1, 0.9, n_users)) / length)
-            * 365
-            * DAY
-        )
-        keep = step < length
-        rows.append(
-            (
-                everyone[keep],
-                last[keep],
-                liked[keep].round().clip(1, 5),
-                when[keep],
-                utility[keep],
-            )
-        )
-    user, item, rating, when, utility = (np.concatenate(x) for x in zip(*rows))
-    time = (1_664_582_400_000 + when).astype(np.int64)  # from 2022-10-01 on
+    drive = draw_drive(rng, n_users)
+    sizes = len(BRANDS.split()), BANDS, STYLES, len(PROJECTS)
+    brand, band, style, project = (rng.integers(n, size=n_users) for n in sizes)
+    love = draw_love(rng, n_users)
+    far = np.abs(prop["band"] - band[:, None]).clip(0, 2)
+    lasting = drive[:, [0]] * (prop["brand"] == brand[:, None])  # [users, items]
+    lasting += drive[:, [2]] * (1 - 0.8 * far)
+    lasting += drive[:, [4]] * (prop["style"] == style[:, None])
+    lasting += drive[:, [5]] * love[:, prop["category"]] + prop["appeal"]
+    user, item, rating, time, utility = purchases(rng, prop, drive, lasting, project, love)  # fmt: skip
     o = np.argsort(time, kind="stable")
     names = [f"U{u:04d}" for u in range(n_users)]
-    utility = utility.astype(np.float32)[o]
-    return Dataset(
-        "office-sim",
-        items,
-        names,
-        user[o],
-        item[o],
-        rating[o],
-        time[o],
-        simulated=True,
-        utility=utility,
-    )
+    columns = user[o], item[o], rating[o], time[o]
+    return Dataset("office-sim", items, names, *columns, True, utility[o])
+
+
+def draw_drive(rng: np.random.Generator, n_users: int) -> np.ndarray:
+    """[users, evidence] utility of a full match for each user: one main driver, two lesser ones, a little of the rest."""
+    weights = np.full((n_users, len(EVIDENCE)), 0.10)
+    drivers = np.argsort(-(rng.gumbel(size=weights.shape) + np.log(FREQUENCY)), axis=1)
+    np.put_along_axis(weights, drivers[:, :3], np.array([[1.0, 0.7, 0.35]]), axis=1)
+    return weights * STRENGTH
+
+
+def draw_love(rng: np.random.Generator, n_users: int) -> np.ndarray:
+    """[users, categories] 1 for the three that a user loves, -1 for the six hated, else 0."""
+    love = np.zeros((n_users, len(CATEGORIES)))
+    order = np.argsort(rng.random(love.shape), axis=1)
+    np.put_along_axis(love, order[:, :3], 1.0, axis=1)
+    np.put_along_axis(love, order[:, 3:9], -1.0, axis=1)
+    return love
+
+
+def purchases(
+    rng: np.random.Generator,
+    prop: dict[str, np.ndarray],
+    drive: np.ndarray,
+    lasting: np.ndarray,
+    project: np.ndarray,
+    love: np.ndarray,
+) -> list[np.ndarray]:
+    """user, item, rating, time and utility ([N, items]) of every purchase; `lasting` is what no purchase changes."""
+    n_users = len(lasting)
+    everyone = np.arange(n_users)
+    length = rng.integers(*LENGTH, size=n_users)
+    start = rng.uniform(0, 0.25, size=n_users)
+    owned, last = np.zeros(lasting.shape, bool), np.full(n_users, -1)
+    steps: list[tuple[np.ndarray, ...]] = []
+    for step in range(length.max()):
+        moves = rng.random(n_users) < 0.15
+        project = np.where(moves, rng.integers(len(PROJECTS), size=n_users), project)
+        busy = prop["project"] == project[:, None]
+        utility = lasting + drive[:, [1]] * busy
+        if step:
+            match = np.zeros(lasting.shape)
+            np.put_along_axis(match, prop["complement"][last], 1.0, axis=1)
+            utility += drive[:, [3]] * match
+        noisy = utility + rng.gumbel(size=utility.shape)
+        last = np.where(owned, -np.inf, noisy).argmax(1)
+        owned[everyone, last] = True
+        liked = love[everyone, prop["category"][last]]
+        rating = 3.6 + 1.2 * liked + 0.7 * rng.normal(size=n_users)
+        done = (1 - start) * (step + rng.uniform(0.1, 0.9, n_users)) / length
+        time = 1_664_582_400_000 + (start + done) * 365 * DAY
+        columns = everyone, last, rating.round().clip(1, 5), time.astype(np.int64)
+        now = step < length
+        steps.append(tuple(c[now] for c in (*columns, utility.astype(np.float32))))
+    return [np.concatenate(column) for column in zip(*steps)]
 
 
 # --------------------------------------------------------------------------------------------------- reading a folder
 
 
-def open_lines(path: pathlib.Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, unpacked behind a progress bar where its name ends in .gz.
+def open_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """("path:number", line) of a UTF-8 file, unpacked behind a progress bar where its name ends in .gz.
 
     DatasetError names the file, and the line where there is one, if it cannot be read.
     """
     number, packed = 0, path.suffix == ".gz"
-    needs = "a dataset needs the files items.jsonl and interactions.csv"
     try:
-        size = os.stat(path).st_size
+        size, title = os.stat(path).st_size, f"reading {path.name}"
         with (
             open(path, "rb") as f,
-            tqdm.wrapattr(
-                f, "read", size, desc=f"reading {path.name}", disable=not packed
-            ) as counted,
+            tqdm.wrapattr(f, "read", size, desc=title, disable=not packed) as counted,
         ):
             lines = gzip.GzipFile(fileobj=counted) if packed else f
             while line := lines.readline(MAX_LINE + 1):
                 number += 1
                 if len(line) > MAX_LINE:
                     raise DatasetError(
-                        f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; "
-                        "write one row a line"
+                        f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; write one row a line"
                     )
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                code = "utf-8-sig" if number == 1 else "utf-8"
+                yield f"{path}:{number}", line.decode(code)
     except UnicodeDecodeError as e:
         raise DatasetError(
-            f"{path}:{number}: byte {e.start + 1} of the line is not UTF-8; "
-            "save the file as UTF-8"
+            f"{path}:{number}: byte {e.start + 1} of the line is not UTF-8; save the file as UTF-8"
         ) from e
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise DatasetError(
             f"{path}: damaged or cut short ({e}); delete it and fetch it again"
         ) from e
     except OSError as e:
-        raise DatasetError(f"{path}: cannot be read ({e.strerror}); {needs}") from e
+        raise DatasetError(
+            f"{path}: cannot be read ({e.strerror}); a dataset needs the files items.jsonl and interactions.csv"
+        ) from e
 
 
-def json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON-lines file that is not blank."""
-    for number, line in enumerate(open_lines(path), 1):
+def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
+    """("path:number", object) for every line of a JSON-lines file that is not blank."""
+    for where, line in open_lines(path):
         if not line.strip():
             continue
         try:
@@ -461,35 +424,32 @@ def json_rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
         except (ValueError, RecursionError) as e:
             reason = getattr(e, "msg", "too deep, or a number too long")
             raise DatasetError(
-                f"{path}:{number}: not JSON ({reason}); write one object a line"
+                f"{where}: not JSON ({reason}); write one object a line"
             ) from e
         if not isinstance(row, dict) or not row.get("parent_asin"):
             raise DatasetError(
-                f"{path}:{number}: field parent_asin is missing; give every item an id"
+                f"{where}: field parent_asin is missing; give every item an id"
             )
-        yield number, row
+        yield where, row
 
 
-def csv_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) below the header of a CSV file of interactions; blank lines are skipped."""
-    header = ""
-    for number, line in enumerate(open_lines(path), 1):
+def csv_rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
+    """("path:number", fields) below the header of a CSV file of interactions; blank lines are skipped."""
+    header, wanted = None, ",".join(HEADER)
+    for where, line in open_lines(path):
         try:
             row = next(csv.reader([line], strict=True), [])
         except csv.Error as e:
-            raise DatasetError(
-                f"{path}:{number}: not CSV ({e}); write {','.join(HEADER)}"
-            ) from e
-        if number == 1:
-            header = ",".join(row)
+            raise DatasetError(f"{where}: not CSV ({e}); write {wanted}") from e
+        if header is None:
+            header = row
             if row != HEADER:
                 break
         elif row:
-            yield number, row
-    if header != ",".join(HEADER):
-        raise DatasetError(
-            f"{path}:1: header is {header!r:.80}; it must be {','.join(HEADER)}"
-        )
+            yield where, row
+    if header != HEADER:
+        found = ",".join(header or [])
+        raise DatasetError(f"{path}:1: header is {found!r:.80}; it must be {wanted}")
 
 
 def positive_number(value: object) -> float | None:
@@ -504,17 +464,15 @@ def positive_number(value: object) -> float | None:
 def read_items(path: pathlib.Path) -> dict[str, Item]:
     """Items by id from a JSON-lines file; the category is the last of `categories`, else `main_category`."""
     items: dict[str, Item] = {}
-    for number, row in json_rows(path):
+    for where, row in json_rows(path):
         key, title = str(row["parent_asin"]), str(row.get("title") or "")
-        if not any(c.isprintable() and not c.isspace() for c in title):
-            raise DatasetError(
-                f"{path}:{number}: field title is empty; give every item a title or drop its line"
-            )
+        fault = item_fault(row, title)
         if key in items:
-            raise DatasetError(
-                f"{path}:{number}: parent_asin {key!r:.40} appears a second time; keep one line of it"
+            fault = (
+                f"parent_asin {key!r:.40} appears a second time; keep one line of it"
             )
-        check_fields(path, number, row)
+        if fault:
+            raise DatasetError(f"{where}: {fault}")
         items[key] = Item(
             key,
             " ".join(title.split()),
@@ -531,17 +489,70 @@ def read_items(path: pathlib.Path) -> dict[str, Item]:
     return items
 
 
-def check_fields(path: pathlib.Path, number: int, row: dict) -> None:
-    """DatasetError where an optional field of an item is there but of the wrong type."""
+def item_fault(row: dict, title: str) -> str | None:
+    """What is wrong with an item, and what to do; None for a good one."""
+    if not any(c.isprintable() and not c.isspace() for c in title):
+        return "field title is empty; give every item a title or drop its line"
     for name, (kind, wanted) in OPTIONAL.items():
         value = row.get(name)
-        good = isinstance(value, kind)
-        if kind is list and good:
-            good = all(isinstance(c, str) for c in value)
-        if value and not good:
-            raise DatasetError(
-                f"{path}:{number}: field {name} is {value!r:.40}; use {wanted} or null"
-            )
+        if not value:
+            continue
+        parts = value if isinstance(value, list) and kind is list else []
+        if not isinstance(value, kind) or not all(isinstance(c, str) for c in parts):
+            return f"field {name} is {value!r:.40}; use {wanted} or null"
+    return None
+
+
+def read_interactions(
+    path: pathlib.Path, index: dict[str, int] | None, start: int = 0, end: int = 10**13
+) -> tuple[list[tuple], list[str]]:
+    """Rows (user, item, rating, ms) from time `start` up to `end`, each once, and where ("path:number") they come again.
+
+    The item is its place in `index`, or its id where there is none. DatasetError names the line and the field.
+    """
+    rows, again = {}, []
+    for where, fields in csv_rows(path):
+        if fault := interaction_fault(fields, index):
+            raise DatasetError(f"{where}: {fault}")
+        user, item, rating, time = fields
+        row = user, index[item] if index else item, float(rating), int(time)
+        if row in rows:
+            again.append(where)
+        elif start <= row[3] < end:
+            rows[row] = None
+    return list(rows), again
+
+
+def interaction_fault(fields: list[str], index: dict[str, int] | None) -> str | None:
+    """What is wrong with a CSV row, and what to do; None for a good one."""
+    if len(fields) != len(HEADER):
+        return f"{len(fields)} fields; expected {','.join(HEADER)}"
+    user, item, rating, time = fields
+    if not user or not item:
+        name = "parent_asin" if user else "user_id"
+        return f"{name} is empty; fill it in or drop the row"
+    if index and item not in index:
+        return f"parent_asin {item!r:.40} is not in items.jsonl; add it or drop the row"
+    try:
+        stars = float(rating)
+    except ValueError:
+        return f"rating {rating!r:.40} is not a number; use 1 to 5"
+    if not 0 <= stars <= 5:
+        return f"rating {rating!r:.40} is outside 0 to 5; use 1 to 5"
+    digits = time.isascii() and time.isdigit() and len(time) < 14
+    if not digits or not 10**11 < int(time) < 10**13:
+        return f"timestamp {time!r:.40} is not in milliseconds since 1970; write for example 1664582400000"
+    return None
+
+
+def untie(rows: list[tuple]) -> list[tuple]:
+    """Rows (user, item, rating, ms) in order of time, a user's equal times moved 1 ms apart in file order."""
+    latest: dict[int, int] = {}
+    out = []
+    for user, item, rating, time in sorted(rows, key=itemgetter(3)):
+        latest[user] = max(time, latest.get(user, -1) + 1)
+        out.append((user, item, rating, latest[user]))
+    return sorted(out, key=itemgetter(3))
 
 
 def read_folder(folder: pathlib.Path, name: str) -> Dataset:
@@ -550,83 +561,26 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     catalogue = read_items(folder / "items.jsonl")
     index = {key: i for i, key in enumerate(catalogue)}
     path = folder / "interactions.csv"
-    users: dict[str, int] = {}
-    rows, seen, duplicates = [], set(), []
-    for number, row in csv_rows(path):
-        parsed = parse_interaction(path, number, row, index)
-        if parsed in seen:
-            duplicates.append(number)
-            continue
-        seen.add(parsed)
-        rows.append((users.setdefault(parsed[0], len(users)), *parsed[1:]))
+    rows, again = read_interactions(path, index)
     if not rows:
         raise DatasetError(
             f"{path}: no interactions; add at least one line below the header"
         )
-    rows = untie(rows)
+    users: dict[str, int] = {}
+    rows = untie([(users.setdefault(r[0], len(users)), *r[1:]) for r in rows])
     columns = [np.array(c) for c in zip(*rows)]
-    notes = []
-    if duplicates:
-        notes.append(
-            f"{path}:{duplicates[0]}: {len(duplicates)} duplicate rows skipped, this one first"
-        )
+    notes = [f"{w}: {len(again)} duplicate rows skipped, this one first" for w in again[:1]]  # fmt: skip
     return Dataset(name, list(catalogue.values()), list(users), *columns, notes=notes)
 
 
-def untie(rows: list[tuple]) -> list[tuple]:
-    """Rows (user, item, rating, ms) in order of time, a user's equal times moved 1 ms apart in file order."""
-    latest: dict[int, int] = {}
-    out = []
-    for user, item, rating, time in sorted(rows, key=lambda r: r[3]):
-        latest[user] = max(time, latest.get(user, -1) + 1)
-        out.append((user, item, rating, latest[user]))
-    return sorted(out, key=lambda r: r[3])
-
-
-def parse_interaction(
-    path: pathlib.Path, number: int, row: list[str], index: dict[str, int] | None
-) -> tuple:
-    """(user, item index, rating, time) of one CSV row, or its item's id where there is no index yet.
-
-    DatasetError names the line and the field.
-    """
-    where = f"{path}:{number}"
-    if len(row) != len(HEADER):
-        raise DatasetError(f"{where}: {len(row)} fields; expected {','.join(HEADER)}")
-    user, item, rating, time = row
-    if not user or not item:
-        name = "parent_asin" if user else "user_id"
-        raise DatasetError(f"{where}: {name} is empty; fill it in or drop the row")
-    if index is not None and item not in index:
-        raise DatasetError(
-            f"{where}: parent_asin {item!r:.40} is not in items.jsonl; add it or drop the row"
-        )
-    try:
-        stars = float(rating)
-    except ValueError as e:
-        raise DatasetError(
-            f"{where}: rating {rating!r:.40} is not a number; use 1 to 5"
-        ) from e
-    if not 0 <= stars <= 5:
-        raise DatasetError(
-            f"{where}: rating {rating!r:.40} is outside 0 to 5; use 1 to 5"
-        )
-    digits = time.isascii() and time.isdigit() and len(time) < 14
-    if not digits or not 10**11 < int(time) < 10**13:
-        raise DatasetError(
-            f"{where}: timestamp {time!r:.40} is not in milliseconds since 1970; "
-            "write for example 1664582400000"
-        )
-    return user, item if index is None else index[item], stars, int(time)
+def home() -> pathlib.Path:
+    """The folder that holds the datasets."""
+    return pathlib.Path(__file__).parent / "data"
 
 
 def load_dataset(name: str, folder: str | None = None, seed: int = 0) -> Dataset:
     """The dataset called `name` with its splits made; `folder` (--data-dir) overrides data/<name>."""
-    path = (
-        pathlib.Path(folder)
-        if folder
-        else pathlib.Path(__file__).parent / "data" / name
-    )
+    path = pathlib.Path(folder or home() / name)
     there = (path / "items.jsonl").exists() or name in KNOWN and os.path.lexists(path)
     if folder or (there and name != "office-sim"):
         ds = read_folder(path, name)
@@ -701,17 +655,6 @@ def fetch(url: str, path: pathlib.Path) -> None:
     part.rename(path)
 
 
-def window_ratings(path: pathlib.Path, start: int, end: int) -> tuple[list[tuple], int]:
-    """Different rows (user, item, rating, ms) from `start` up to `end`, by time; and how many were duplicates."""
-    rows, duplicates = {}, 0
-    for number, row in csv_rows(path):
-        parsed = parse_interaction(path, number, row, None)
-        if start <= parsed[3] < end:
-            duplicates += parsed in rows
-            rows[parsed] = None
-    return sorted(rows, key=lambda r: r[3]), duplicates
-
-
 def clean(text: object) -> str:
     """Text with HTML entities resolved, on one line, without characters that cannot be shown; "" for no text."""
     text = html.unescape(text) if isinstance(text, str) else ""
@@ -777,30 +720,38 @@ def milliseconds(day: str) -> int:
         raise DatasetError(f"{day!r} is no date; write YYYY-MM-DD") from e
 
 
+def raw_files(args: argparse.Namespace) -> list[pathlib.Path]:
+    """The ratings and the metadata of one subset in --raw-dir, fetched where not there yet."""
+    category, raw = AMAZON[args.name][0], pathlib.Path(args.raw_dir)
+    raw.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for remote in (
+        f"benchmark/5core/rating_only/{category}.csv.gz",
+        f"raw/meta_categories/meta_{category}.jsonl.gz",
+    ):
+        paths.append(raw / remote.rsplit("/", 1)[1])
+        if not paths[-1].exists():
+            fetch(f"{args.base_url.rstrip('/')}/{remote}", paths[-1])
+    return paths
+
+
 def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
     """Fetch, filter and write one subset; returns dataset.json: from what, how, and how it compares to the paper."""
-    category, *published = AMAZON[args.name]
     start, end = milliseconds(args.min_date), milliseconds(args.max_date)
     if start >= end:
         raise DatasetError(f"--max-date {args.max_date} must be after {args.min_date}")
-    raw, period = pathlib.Path(args.raw_dir), f"{args.min_date} to {args.max_date}"
-    ratings, metadata = raw / f"{category}.csv.gz", raw / f"meta_{category}.jsonl.gz"
-    raw.mkdir(parents=True, exist_ok=True)
-    for path, remote in (
-        (ratings, "benchmark/5core/rating_only"),
-        (metadata, "raw/meta_categories"),
-    ):
-        if not path.exists():
-            fetch(f"{args.base_url.rstrip('/')}/{remote}/{path.name}", path)
-    rows, duplicates = window_ratings(ratings, start, end)
+    period = f"{args.min_date} to {args.max_date}"
+    ratings, metadata = raw_files(args)
+    rows, again = read_interactions(ratings, None, start, end)
     items, dropped = usable_items(metadata, {r[1] for r in rows}, args.keep_unpriced)
-    rows = [r for r in rows if r[1] in items]
+    rows = sorted((r for r in rows if r[1] in items), key=itemgetter(3))
     if len(items) < N_CANDIDATES:
         raise DatasetError(
             f"{ratings}: {len(items)} items and {len(rows)} interactions of {period} "
             "pass the filters; widen --min-date and --max-date"
         )
     found = len({r[0] for r in rows}), len(items), len(rows)
+    published = AMAZON[args.name][1:]
     names = "users", "items", "interactions"
     bytes_read = {p.name: p.stat().st_size for p in (ratings, metadata)}
     about = {
@@ -810,7 +761,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
             "title": f"2 characters to {TITLE_WORDS} words, no '<span id'",
             "price": "any" if args.keep_unpriced else "a number",
         },
-        "dropped": {"duplicate interactions": duplicates, **dropped},
+        "dropped": {"duplicate interactions": len(again), **dropped},
         "counts": dict(zip(names, found)),
         "paper": dict(zip(names, published)),
         "difference": {n: f - p for n, f, p in zip(names, found, published)},
@@ -822,10 +773,10 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Prepare Amazon Reviews 2023.")
-    add, here = parser.add_argument, pathlib.Path(__file__).parent / "data"
+    add = parser.add_argument
     add("name", choices=list(AMAZON), help="one of the paper's four subsets")
     add("--data-dir", help="folder to write (default: data/NAME)")
-    add("--raw-dir", default=here / "raw", help="downloads; used where already there")
+    add("--raw-dir", default=home() / "raw", help="downloads; used where already there")
     add("--base-url", default=BASE_URL, help="of the files, for a mirror")
     add("--min-date", default="2022-10-01", help="first day (default: the paper's)")
     add("--max-date", default="2023-10-01", help="day after the last (the paper's)")
@@ -835,8 +786,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    here = pathlib.Path(__file__).parent / "data"
-    folder = pathlib.Path(args.data_dir or here / args.name)
+    folder = pathlib.Path(args.data_dir or home() / args.name)
     if os.path.lexists(folder):
         raise DatasetError(f"{folder} exists; move it away to prepare it again")
     try:
@@ -853,11 +803,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except DatasetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, "stopped; the same command goes on from here")

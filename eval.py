@@ -1,50 +1,88 @@
-"""Metrics with confidence intervals, baselines, and the report: everything the README's tables and figures come from.
+"""Metrics with confidence intervals, baselines, probes and the report: all of the README's tables and figures.
 
     python eval.py runs/NAME                      # all rows on the test split -> table, eval.json, report.html
+    python eval.py runs/NAME --seeds 0 1 2        # agents sampled three times, averaged for each sample
+    python eval.py runs/NAME --models runs/R      # other runs or checkpoints in the same table
+    python eval.py runs/NAME --agent plan-first   # also the paper's training-free agents: InteRecAgent's way, RecMind's
+    python eval.py runs/NAME --probes --plot      # what a sceptic asks; figures for a paper (needs matplotlib)
     python eval.py runs/NAME --show 3             # read trajectories in the terminal; --user USER_ID for one user's
-    python eval.py runs/NAME --split valid --samples 300 --temperature 1
 
 Every row ranks the same candidates of the same samples. Intervals are 95% bootstrap intervals over users (10,000
-resamples, the same ones for every row, so differences are paired). Each finished row is kept in RUN/rows/ and not
-computed again. Rows: random, popularity, sasrec, tool:NAME, fusion, learned_fusion, oracle, frozen_r (no tools),
-frozen, rta, ppr.
+resamples, the same ones for every row, so differences are paired). Each trajectory is kept in RUN/rows/ as soon as it
+ends and never sampled again with equal settings: an interrupted evaluation continues, a larger one adds to it.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import pathlib
-import sys
+import re
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from data import Dataset, DatasetError, Sample, load_dataset
+from data import Dataset, DatasetError, Sample, history, load_dataset, run_main
 from grpo import list_reward, ndcg, rank_of_positive
-from model import ModelError, load_policy
-from rollout import ALL_TOOLS, Task, Trajectory, rollout
+from model import ModelError, Policy, load_policy
+from ppr import HardPair, pair_reward, pair_tasks
+from rollout import ALL_TOOLS, STRATEGIES, Task, rollout, trained_tools
 from sasrec import load_sasrec
-from tools import Context, popularity, tool_scores
+from tools import PROFILES, Context, read_profiles, tool_scores
 
 HERE = pathlib.Path(__file__).parent
-METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr")
-KEPT_TEXTS = 60  # trajectories a row keeps for reading
+METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@1", "ndcg@5", "ndcg@10", "mrr")
+FINAL = ("ppr", "rta", "r", "frozen")  # the first of these is a run's final agent
+CURVES = {
+    "tool_calls": "Tool calls per trajectory",
+    "tool_rate_of_rewarded": "Rewarded trajectories that used a tool",
+    "hit@10": "H@10",
+    "reward_mean": "Reward",
+}
+KEPT_PAIRS = 20  # hard pairs that the report shows
+MAX_REPORT = 2_900_000  # bytes; fewer trajectories are shown where they are longer
 
 
-@dataclass
-class Row:
-    """One ranker's result: the positive's rank (None: not in the top k) for each sample, and an agent's behaviour."""
+@dataclass(frozen=True)
+class Agent:
+    """A row that is rolled out: a checkpoint, the tools it may call, and how it goes about it."""
 
-    ranks: list[int | None]
-    valid: float | None = None
-    tool_calls: float | None = None
-    calls: dict[str, float] | None = None  # calls of each tool per trajectory
-    ms: float | None = None  # per request
-    tokens: float | None = None  # sampled per request
-    texts: list[dict] | None = None
+    name: str
+    path: str
+    tools: tuple[str, ...] = ALL_TOOLS
+    strategy: str = "react"
+
+
+# A row's lines: for each sampling seed a list with a dict for each sample. A baseline's hold only the positive's "rank"
+# (None: not in the top k), an agent's all that `record` writes.
+Lines = list[list[dict]]
+
+
+def column(lines: Lines, name: str, k: int) -> np.ndarray:
+    """[n] a metric for each sample, its mean over the sampling seeds."""
+    return np.mean([[metric(name, x["rank"], k) for x in part] for part in lines], 0)
+
+
+def behaviour(lines: Lines) -> dict:
+    """Share of valid answers, and per request: calls, sampled tokens, milliseconds in all and in tools."""
+    every = [line for part in lines for line in part]
+    if "valid" not in every[0]:
+        return {"valid": None, "tool_calls": None}
+    n, kinds = len(every), ("valid", "seconds", "tool_seconds", "tokens")
+    valid, seconds, tools, tokens = (sum(x[kind] for x in every) / n for kind in kinds)
+    calls = Counter(name for line in every for name in line["calls"])
+    return {
+        "valid": valid, "tool_calls": calls.total() / n,
+        "calls": {name: calls[name] / n for name in ALL_TOOLS},
+        "ms": 1000 * seconds, "tool_ms": 1000 * tools, "tokens": tokens,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -53,288 +91,506 @@ class Row:
 def metric(name: str, rank: int | None, k: int) -> float:
     """One of METRICS for a positive at `rank`; anything beyond k, the length of the ranking, counts as not ranked."""
     kind, _, at = name.partition("@")
-    rank = rank if rank is not None and rank <= k else None
+    if rank is None or rank > k:
+        return 0.0
     if kind == "mrr":
-        return 1 / rank if rank else 0.0
-    return (
-        float(rank is not None and rank <= int(at))
-        if kind == "hit"
-        else ndcg(rank, int(at))
-    )
+        return 1 / rank
+    return ndcg(rank, int(at)) if kind == "ndcg" else float(rank <= int(at))
 
 
-def bootstrap(
-    values: np.ndarray, users: np.ndarray, resamples: int = 10_000, seed: int = 0
-) -> dict[str, float]:
-    """Mean of [n] values and its 95% interval over resampled users; equal arguments resample equally."""
+def intervals(
+    columns: dict, users: np.ndarray, resamples: int = 10_000, seed: int = 0
+) -> dict:
+    """{name: mean and 95% interval} of {name: [n] values} over resampled users, the same ones for every column."""
     _, owner = np.unique(users, return_inverse=True)
-    sums, counts = np.bincount(owner, values), np.bincount(owner)
-    rng = np.random.default_rng(seed)
-    means = []
+    values = np.stack(list(columns.values()), 1).astype(float)  # n, columns
+    counts = np.bincount(owner)
+    sums = np.zeros((len(counts), values.shape[1]))
+    np.add.at(sums, owner, values)
+    rng, means = np.random.default_rng(seed), []
     for _ in range(0, resamples, 500):
-        drawn = rng.multinomial(
-            len(sums), np.full(len(sums), 1 / len(sums)), size=500
-        )  # 500, users
-        means.append((drawn @ sums) / (drawn @ counts))
-    lo, hi = np.quantile(np.concatenate(means)[:resamples], [0.025, 0.975])
-    return {"mean": float(values.mean()), "lo": float(lo), "hi": float(hi)}
+        drawn = rng.multinomial(len(counts), [1 / len(counts)] * len(counts), 500)
+        drawn = drawn.astype(float)
+        means.append((drawn @ sums) / (drawn @ counts)[:, None])  # 500, columns
+    lo, hi = np.quantile(np.concatenate(means)[:resamples], [0.025, 0.975], axis=0)
+    found = zip(columns, values.mean(0).tolist(), lo.tolist(), hi.tolist())
+    return {name: {"mean": m, "lo": a, "hi": b} for name, m, a, b in found}
+
+
+def bootstrap(values: np.ndarray, users: np.ndarray, **how) -> dict[str, float]:
+    """Mean and 95% interval of one column [n]."""
+    return intervals({"": values}, users, **how)[""]
 
 
 def ranks_from_scores(scores: np.ndarray, samples: list[Sample]) -> list[int]:
     """[n, 20] scores to the positives' ranks; ties are broken at random, seeded by the sample."""
     ranks = []
-    for s, row in zip(samples, scores):
+    for s, row in zip(samples, np.asarray(scores, float)):
         noise = np.random.default_rng([9, s.id]).random(len(row))
-        order = np.lexsort((noise, -np.asarray(row, float)))
-        ranks.append(int(np.flatnonzero(order == s.target)[0]) + 1)
+        ranks.append(np.lexsort((noise, -row)).tolist().index(s.target) + 1)
     return ranks
 
 
 # ----------------------------------------------------------------------------------------------------------- baselines
 
 
+def item_knn(ds: Dataset, samples: list[Sample]) -> np.ndarray:
+    """[n, 20] cosine of each candidate with the items of the history, by who bought both before `train_end`."""
+    bought = slice(np.searchsorted(ds.time, ds.train_end))
+    buyers: list[set[int]] = [set() for _ in ds.items]
+    for user, item in zip(ds.user[bought].tolist(), ds.item[bought].tolist()):
+        buyers[item].add(user)
+    scores = np.zeros((len(samples), len(samples[0].candidates)))
+    for row, s in zip(scores, samples):
+        for i in set(ds.item[history(ds, s)].tolist()):
+            both = [len(buyers[i] & buyers[c]) for c in s.candidates]
+            size = [len(buyers[i]) * len(buyers[c]) for c in s.candidates]
+            row += np.array(both) / np.sqrt(np.maximum(size, 1))
+    return scores
+
+
 def all_tool_scores(ctx: Context, samples: list[Sample], title: str) -> np.ndarray:
     """[n, tools, 20] every tool's own rating of the candidates."""
-    scores = [
-        [tool_scores(ctx, t, s) for t in ALL_TOOLS]
-        for s in tqdm(samples, desc=title, leave=False)
-    ]
-    return np.array(scores)
+    bar = tqdm(samples, desc=title, leave=False)
+    return np.array([[tool_scores(ctx, t, s) for t in ALL_TOOLS] for s in bar])
+
+
+def fusion_loss(solver, weights, scores, targets) -> torch.Tensor:
+    """Cross entropy of the targets under a softmax of the weighted scores, with its gradient; large weights cost."""
+    solver.zero_grad()
+    logits = torch.einsum("ntc,t->nc", scores, weights)
+    loss = cross_entropy(logits, targets) + 1e-4 * weights @ weights
+    loss.backward()
+    return loss
 
 
 def fit_fusion(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Weights [tools] of a linear list-wise softmax over [n, tools, 20] scores, fitted by maximum likelihood."""
-    x, y = torch.tensor(scores, dtype=torch.float64), torch.tensor(targets)
-    weights = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=200, line_search_fn="strong_wolfe"
-    )
-
-    def loss():
-        optimizer.zero_grad()
-        value = (
-            F.cross_entropy(torch.einsum("ntc,t->nc", x, weights), y)
-            + 1e-4 * weights.square().sum()
-        )
-        value.backward()
-        return value
-
-    optimizer.step(loss)
+    """Weights [tools] of a linear list-wise softmax over [n, tools, 20] scores, by L-BFGS on its convex loss."""
+    weights = torch.zeros(scores.shape[1], dtype=torch.double, requires_grad=True)
+    how = {"max_iter": 500, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+    solver = torch.optim.LBFGS([weights], **how)
+    known = torch.from_numpy(scores), torch.from_numpy(targets)
+    solver.step(functools.partial(fusion_loss, solver, weights, *known))
     return weights.detach().numpy()
 
 
-def baseline_scores(
-    ctx: Context, out: pathlib.Path, samples: list[Sample]
-) -> dict[str, np.ndarray]:
+def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> dict:
     """[n, 20] scores of every row that is not an agent."""
     ds = ctx.ds
     candidates = np.array([s.candidates for s in samples])
-    take = lambda table: np.take_along_axis(table, candidates, 1)
-    counts = popularity(ds, ds.train_end)
+    bought = ds.item[: np.searchsorted(ds.time, ds.train_end)]
     sasrec = load_sasrec(out / "sasrec_baseline.safetensors", len(ds.items))
     states = sasrec.states([ds.item[ds.before(s.user, s.time)] for s in samples])
     rows = {
         "random": np.zeros(candidates.shape),
-        "popularity": counts[candidates],
-        "sasrec": take(sasrec.scores(states).numpy()),
+        "popularity": np.bincount(bought, minlength=len(ds.items))[candidates],
+        "itemknn": item_knn(ds, samples),
+        "sasrec": np.take_along_axis(sasrec.scores(states).numpy(), candidates, 1),
     }
     tools = all_tool_scores(ctx, samples, "tools")
     rows |= {f"tool:{name}": tools[:, i] for i, name in enumerate(ALL_TOOLS)}
     train = ds.splits["train"][:3000]
-    weights = fit_fusion(
-        all_tool_scores(ctx, train, "learned fusion"),
-        np.array([s.target for s in train]),
-    )
-    rows |= {
-        "fusion": tools.sum(1),
-        "learned_fusion": np.einsum("ntc,t->nc", tools, weights),
-    }
+    fitted = all_tool_scores(ctx, train, "learned fusion")
+    weights = fit_fusion(fitted, np.array([s.target for s in train]))
+    rows["fusion"] = tools.sum(1)
+    rows["learned_fusion"] = np.einsum("ntc,t->nc", tools, weights)
     if ds.utility is not None:
-        rows["oracle"] = take(ds.utility[[s.id for s in samples]])
+        utility = ds.utility[[s.id for s in samples]]
+        rows["oracle"] = np.take_along_axis(utility, candidates, 1)
     return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- agents
 
 
-def agent_row(
-    args,
-    ctx: Context,
-    path: str,
-    samples: list[Sample],
-    tools: tuple[str, ...],
-    title: str,
-) -> Row:
-    """Roll one checkpoint out once over the samples."""
-    policy = load_policy(path, args.device, args.dtype)
-    began = time.perf_counter()
-    with tqdm(total=len(samples), desc=title, unit="sample", leave=False) as bar:
-        groups = rollout(
-            policy, ctx, [Task(s) for s in samples], group_size=1, k=args.k, temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens, seed=(args.seed, 99), tools=tools, slots=128,
-            progress=lambda group: bar.update(),
-        )  # fmt: skip
-    seconds = time.perf_counter() - began
-    done = [g[0] for g in groups]
-    n = len(done)
-    return Row(
-        ranks=[rank_of_positive(t) for t in done],
-        valid=sum(t.valid for t in done) / n,
-        tool_calls=sum(len(t.calls) for t in done) / n,
-        calls={
-            name: sum(c.name == name for t in done for c in t.calls) / n
-            for name in ALL_TOOLS
-        },
-        ms=1000 * seconds / n,
-        tokens=sum(sum(t.action_mask) for t in done) / n,
-        texts=[readable(ctx, policy, t, args.k, args.bonus) for t in done[:KEPT_TEXTS]],
-    )
+def own_tools(folder: pathlib.Path) -> tuple[str, ...]:
+    """The tools that a run trained with; all of them in a folder that is no run."""
+    file = folder / "config.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return trained_tools(found.get("args", {}))
 
 
-def readable(ctx: Context, policy, t: Trajectory, k: int, bonus: float) -> dict:
-    """A trajectory as text, for --show and the report."""
-    s = t.task.sample
+def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
+    """The run's, those of --models and of --agent; "frozen" is what stage 1 started from, "r" trained without tools."""
+    own, tools = config["args"]["model"], own_tools(args.out)
+    folders = (args.out / "warmup", HERE / own)
+    base = str(next((folder for folder in folders if folder.is_dir()), own))
+    agents = [Agent("frozen_r", base, ()), Agent("frozen", base)]
+    for stage in ("rta", "ppr"):
+        if (args.out / stage).is_dir():
+            name = "r" if stage == "rta" and not tools else stage
+            agents.append(Agent(name, str(args.out / stage), tools))
+    for path in map(pathlib.Path, args.models):
+        stages = (path / stage for stage in ("ppr", "rta", "warmup"))
+        path = next((stage for stage in stages if stage.is_dir()), path)
+        tools = own_tools(path.parent)
+        trained_r = not tools and "r" not in [a.name for a in agents]
+        name = "r" if trained_r else "model:" + "/".join(path.parts[-2:])
+        agents.append(Agent(name, str(path), tools))
+    plain = [a for a in agents if a.tools and re.match("frozen|model:", a.name)]
+    for strategy in (x for x in STRATEGIES if x in args.agent and x != "react"):
+        for agent in plain:
+            _, *which = agent.name.split(":", 1)
+            name = ":".join([strategy.replace("-", "_"), *which])
+            agents.append(replace(agent, name=name, strategy=strategy))
+    return agents
+
+
+@functools.cache
+def identity(path: str | pathlib.Path) -> str:
+    """Hash of a file, those of a folder's files, or a hub id with its commit."""
+    folder = pathlib.Path(path)
+    if folder.is_dir():
+        return " ".join(identity(p) for p in sorted(folder.iterdir()) if p.is_file())
+    if not folder.is_file():
+        return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+    with folder.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def row_file(args, ctx: Context, agent: Agent, seed: int, off: tuple) -> pathlib.Path:
+    """RUN/rows/NAME-HASH.jsonl; the hash covers all that shapes a trajectory, except its task."""
+    settings = [identity(agent.path), agent.tools, off, seed, ctx.ds.fingerprint()]
+    settings += [identity(args.out / "sasrec.safetensors")]
+    settings += [sorted(ctx.profiles.items()), args.k, args.bonus, args.temperature]
+    settings += [args.greedy_answer, args.max_new_tokens, args.dtype, args.device]
+    settings += [agent.strategy] if agent.strategy != "react" else []
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    return args.out / "rows" / f"{re.sub(r'[^a-z0-9_]+', '-', agent.name)}-{key}.jsonl"
+
+
+def task_key(task: Task) -> str:
+    """Tells a task from all others, the order of its candidates included."""
+    candidates = [int(c) for c in task.sample.candidates]
+    return json.dumps([task.sample.id, candidates, task.pair, task.more])
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """The objects in a file, without lines that an interruption cut; none if there is no such file."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) -> None:
+    """Write the line of a trajectory that ended; its seconds are since the line before, so only their mean means much."""
+    t, now = group[0], time.perf_counter()
+    s, pair = t.task.sample, t.task.pair
+    line = {
+        "task": task_key(t.task), "sample": s.id, "user": ctx.ds.users[s.user],
+        "positive": s.target + 1, "title": ctx.title(s.candidates[s.target]),
+        "pair": pair, "more": t.task.more, "answer": t.answer, "end": t.end,
+        "valid": t.valid, "rank": rank_of_positive(t),
+        "reward": pair_reward(t) if pair else list_reward(t, args.k, args.bonus),
+        "calls": [call.name for call in t.calls], "tokens": sum(t.action_mask),
+        "seconds": now - clock.pop(), "tool_seconds": t.tool_seconds,
+        "prompt": policy.decode(t.prompt), "text": policy.decode(t.ids),
+    }  # fmt: skip
+    file.write(json.dumps(line) + "\n")
+    bar.update()
+    clock.append(now)
+
+
+def play(
+    args, ctx: Context, agent: Agent, tasks: list[Task], seed: int, off: tuple = ()
+) -> list[dict]:
+    """A line for each task: from RUN/rows/, or sampled now and kept there; tools in `off` answer that they are not available."""
+    file = row_file(args, ctx, agent, seed, off)
+    kept = {line["task"]: line for line in read_jsonl(file)}
+    missing = [task for task in tasks if task_key(task) not in kept]
+    # InteRecAgent plans at temperature 0, the default for all
+    temperature = 0 if agent.strategy == "plan-first" else args.temperature
+    if missing:
+        policy = load_policy(agent.path, args.device, args.dtype)
+        ctx.unavailable = off
+        ctx._memory.clear()  # so that tools take the time of a first call
+        file.parent.mkdir(exist_ok=True)
+        title = f"evaluating {agent.name}" + "".join(f" without {name}" for name in off)
+        bar = tqdm(total=len(missing), desc=title, unit="sample", leave=False)
+        with bar, file.open("a", buffering=1) as f:
+            f.write("\n")  # ends a line that an interruption cut
+            clock = [time.perf_counter()]
+            rollout(
+                policy, ctx, missing, group_size=1, k=args.k, slots=args.slots,
+                temperature=temperature, greedy_answer=args.greedy_answer,
+                max_new_tokens=args.max_new_tokens, seed=(seed, 99), tools=agent.tools,
+                strategy=agent.strategy,
+                progress=functools.partial(record, args, ctx, policy, f, bar, clock),
+            )  # fmt: skip
+        ctx.unavailable = ()
+        kept = {line["task"]: line for line in read_jsonl(file)}
+    return [kept[task_key(task)] for task in tasks]
+
+
+# -------------------------------------------------------------------------------------------------------------- probes
+
+OBSERVED = re.compile(
+    r'"name": ?"(\w+)"[^<]*</tool_call>\s*<observation>[^<]*?((?:\d+:\d ?)+)</observation>'
+)
+
+
+def copied_tool(line: dict) -> str | None:
+    """The tool whose shown order of the candidates the answer repeats, if any."""
+    for tool, shown in OBSERVED.findall(line["text"]) if line["valid"] else ():
+        order = [int(pair.split(":")[0]) for pair in shown.split()]
+        if order[: len(line["answer"])] == line["answer"]:
+            return tool
+    return None
+
+
+def kendall(a: list[int], b: list[int]) -> float:
+    """Kendall's tau-b of two rankings; items that only one of them holds tie for the other's last place."""
+    items = sorted({*a, *b})
+    x, y = ([r.index(i) if i in r else len(r) for i in items] for r in (a, b))
+    dx, dy = (np.sign(np.subtract.outer(r, r)) for r in (x, y))
+    return float((dx * dy).sum() / np.sqrt((dx**2).sum() * (dy**2).sum()))
+
+
+def ranked_items(line: dict) -> list[int]:
+    """The catalogue indices that a ranking names, best first; none if it is not valid."""
+    candidates = json.loads(line["task"])[1]
+    return [candidates[n - 1] for n in line["answer"]] if line["valid"] else []
+
+
+def agreement(before: list[dict], after: list[dict]) -> dict:
+    """Share of equal first places and mean Kendall's tau over the n samples with two valid answers."""
+    pairs = zip(map(ranked_items, before), map(ranked_items, after))
+    found = [(a[0] == b[0], kendall(a, b)) for a, b in pairs if a and b]
+    top1, tau = np.mean(found or [(0, 0)], 0).tolist()
+    return {"n": len(found), "top1": top1, "kendall": tau}
+
+
+def reshuffled(s: Sample) -> Sample:
+    """The same sample with its candidates in another order."""
+    order = np.random.default_rng([8, s.id]).permutation(len(s.candidates)).tolist()
+    candidates = tuple(s.candidates[i] for i in order)
+    return replace(s, candidates=candidates, target=order.index(s.target))
+
+
+def probe(args, ctx: Context, agent: Agent, samples: list[Sample], rows: dict) -> dict:
+    """What a sceptic asks of the final agent; changes of N@10 are paired, with intervals."""
+    asked, seed = samples[: args.probes], args.seeds[0]
+    tasks = [Task(s) for s in asked]
+    ask = functools.partial(play, args, ctx, agent)
+    base = ask(tasks, seed)
+    others = {
+        "reshuffled": ask([Task(reshuffled(s)) for s in asked], seed),
+        "resampled": ask(tasks, seed + 1),  # what chance alone changes
+    }
+    stable = tuple(others)
+    for tool in agent.tools:  # without it, nothing changes where it was not called
+        called = [task for task, x in zip(tasks, base) if tool in x["calls"]]
+        again = {x["task"]: x for x in ask(called, seed, (tool,))}
+        others[tool] = [again.get(x["task"], x) for x in base]
+    gain = {n: column([x], "ndcg@10", args.k) for n, x in others.items()}
+    usual = column([base], "ndcg@10", args.k)
+    users = np.array([s.user for s in asked])
+    change = intervals({name: value - usual for name, value in gain.items()}, users)
+    change = {name: {"ndcg@10": x} for name, x in change.items()}
+    copies = Counter(filter(None, map(copied_tool, base)))
     return {
-        "sample": s.id,
-        "user": ctx.ds.users[s.user],
-        "positive": s.target + 1,
-        "title": ctx.title(s.candidates[s.target]),
-        "prompt": policy.decode(t.prompt),
-        "text": policy.decode(t.ids),
-        "answer": t.answer,
-        "end": t.end,
-        "reward": list_reward(t, k, bonus),
-        "rank": rank_of_positive(t),
-    }
+        "agent": agent.name,
+        "n": len(asked),
+        "copied": {tool: count / len(base) for tool, count in copies.items()},
+        "stability": {n: agreement(base, others[n]) | change[n] for n in stable},
+        "without_tool": {tool: change[tool] for tool in agent.tools},
+    } | by_groups(args, ctx, samples, rows)
 
 
-def agent_rows(
-    out: pathlib.Path, config: dict
-) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """The run's agents: name -> (checkpoint, tools). Frozen is the model that stage 1 started from."""
-    args = config["args"]
-    base = out / "warmup" if (out / "warmup").is_dir() else args["model"]
-    base = HERE / base if (HERE / base).is_dir() else base
-    rows = {"frozen_r": (str(base), ()), "frozen": (str(base), ALL_TOOLS)}
-    return rows | {
-        s: (str(out / s), ALL_TOOLS) for s in ("rta", "ppr") if (out / s).is_dir()
-    }
+def by_groups(args, ctx: Context, samples: list[Sample], rows: dict) -> dict:
+    """N@10 by the items in a user's past (quarters) and by the positive's place among the candidates."""
+    names = ("popularity", "sasrec", "learned_fusion", *FINAL[::-1])
+    values = {n: column(rows[n], "ndcg@10", args.k) for n in names if n in rows}
+    users, place = np.array([(s.user, s.target) for s in samples]).T
+    past = np.array([len(ctx.ds.before(s.user, s.time)) for s in samples])
+    quarter = np.searchsorted(np.quantile(past, [0.25, 0.5, 0.75]), past)
+    found = {"by_history": {}, "by_position": {}}
+    for key, group, size in zip(found, (quarter, place // 5), (past, place + 1)):
+        for inside in (group == g for g in np.unique(group)):
+            columns = {name: value[inside] for name, value in values.items()}
+            label = f"{size[inside].min()}–{size[inside].max()}"
+            parts = intervals(columns, users[inside])
+            found[key][label] = {"n": int(inside.sum()), "rows": parts}
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def summarize(rows: dict[str, Row], samples: list[Sample], args) -> dict:
+def summarize(rows: dict[str, Lines], samples: list[Sample], args) -> dict:
     """eval.json: every row's metrics with intervals, and paired differences of each agent to each other row."""
     users = np.array([s.user for s in samples])
-    values = {
-        n: {m: np.array([metric(m, r, args.k) for r in row.ranks]) for m in METRICS}
-        for n, row in rows.items()
-    }
-    result = {
-        "split": args.split,
-        "n": len(samples),
-        "k": args.k,
-        "temperature": args.temperature,
-        "rows": {},
-    }
-    for name, row in rows.items():
-        result["rows"][name] = {m: bootstrap(v, users) for m, v in values[name].items()}
-        result["rows"][name] |= {"valid": row.valid, "tool_calls": row.tool_calls}
-        if row.calls is not None:
-            result["rows"][name] |= {
-                "calls": row.calls,
-                "ms": row.ms,
-                "tokens": row.tokens,
-            }
-    agents = [n for n in ("frozen", "rta", "ppr") if n in rows]
-    result["paired"] = {
-        f"{a}-{b}": {
-            m: bootstrap(values[a][m] - values[b][m], users)
-            for m in ("hit@1", "ndcg@10")
-        }
-        for a in agents
-        for b in rows
-        if a != b
-    }
+    value = {(n, m): column(x, m, args.k) for n, x in rows.items() for m in METRICS}
+    agents = [name for name in FINAL if name in rows]
+    gaps = [(a, b, m) for a in agents for b in rows if b != a for m in METRICS]
+    value |= {(a, b, m): value[a, m] - value[b, m] for a, b, m in gaps}
+    found = intervals(value, users)
+    result = {"split": args.split, "n": len(samples), "k": args.k}
+    result |= {"temperature": args.temperature, "seeds": args.seeds, "rows": {}}
+    for name, lines in rows.items():
+        result["rows"][name] = {m: found[name, m] for m in METRICS} | behaviour(lines)
+    result["paired"] = {}
+    for a, b, m in gaps:
+        result["paired"].setdefault(f"{a}-{b}", {})[m] = found[a, b, m]
     return result
 
 
+def interval(x: dict[str, float]) -> str:
+    """0.532 0.514–0.551, without the zeros."""
+    return f"{x['mean']:.3f} {x['lo']:.3f}–{x['hi']:.3f}".replace("0.", ".")
+
+
+def signed(x: dict[str, float]) -> str:
+    return f"{x['mean']:+.3f} [{x['lo']:+.3f}, {x['hi']:+.3f}]"
+
+
+def probe_lines(found: dict) -> list[str]:
+    """The probes as text."""
+    lines = [f"\nprobes of {found['agent']}, {found['n']} samples; change of N@10:"]
+    for name, x in found["stability"].items():
+        same = f"same first place {x['top1']:.1%}, Kendall's tau {x['kendall']:.3f}"
+        lines.append(f"  {name:34}{signed(x['ndcg@10'])}, {same}")
+    for name, x in found["without_tool"].items():
+        lines.append(f"  {'without ' + name:34}{signed(x['ndcg@10'])}")
+    copies = ", ".join(f"{n} {share:.1%}" for n, share in found["copied"].items())
+    lines.append(f"  answers that repeat one tool's order: {copies or 'none'}")
+    for title, key in (("items in the past", "by_history"), ("place", "by_position")):
+        for label, group in found[key].items():
+            if x := group["rows"].get(found["agent"]):
+                lines.append(f"  N@10 for {title} {label}: {interval(x)}")
+    return lines
+
+
+def cost(name: str, row: dict) -> str:
+    """What an agent's request costs and which tools it calls."""
+    calls = Counter({n: c for n, c in row["calls"].items() if c >= 0.005})
+    used = ", ".join(f"{n} {c:.2f}" for n, c in calls.most_common())
+    times = f"{row['ms']:.1f} ms a request, {row['tool_ms']:.2f} of them in tools"
+    return f"{name}: {row['tokens']:.0f} tokens, {times}; calls: {used or 'none'}"
+
+
 def table(result: dict) -> str:
-    """The comparison as text, best agent last."""
-    shown = [m for m in METRICS if m != "mrr"]
-    head = f"{'':26}" + "".join(
-        f"{m.replace('hit', 'H').replace('ndcg', 'N'):>19}" for m in shown
-    )
+    """The comparison as text (N@1 is H@1), what the agents do, and the final agent against every row."""
+    rows, shown = result["rows"], [m for m in METRICS if m != "ndcg@1"]
+    names = [m.replace("hit", "H").replace("ndcg", "N").upper() for m in shown]
+    seeds = f"sampling seeds {' '.join(map(str, result['seeds']))}"
     lines = [
-        f"{result['split']} split, {result['n']} samples, 95% intervals over users",
-        head + f"{'valid':>8}{'calls':>7}",
+        f"{result['split']} split, {result['n']} samples, {seeds}, 95% intervals over users",
+        " " * 26 + "".join(f"{n:>16}" for n in names) + f"{'valid':>8}{'calls':>7}",
     ]
-    for name, row in result["rows"].items():
-        cells = "".join(
-            f"{row[m]['mean']:.3f} {row[m]['lo']:.3f}–{row[m]['hi']:.3f}".rjust(19)
-            for m in shown
-        )
-        agent = (
-            ""
-            if row["valid"] is None
-            else f"{row['valid']:8.1%}{row['tool_calls']:7.2f}"
-        )
-        lines.append(f"{name:26}{cells}{agent}")
-    last = next((n for n in ("ppr", "rta", "frozen") if n in result["rows"]), None)
-    if last and len(result["rows"]) > 1:
+    costs = []
+    for name, row in rows.items():
+        cells = "".join(f"  {interval(row[m]):>14}" for m in shown)
+        if row["valid"] is not None:
+            cells += f"{row['valid']:8.1%}{row['tool_calls']:7.2f}"
+            costs.append(cost(name, row))
+        lines.append(f"{name:26}{cells}")
+    lines += ["", *costs]
+    last = next((name for name in FINAL if name in rows), None)
+    others = [name for name in rows if last and name != last]
+    if others:
         lines.append(f"\nN@10 of {last} minus each other row (paired):")
-        for pair, difference in result["paired"].items():
-            if pair.startswith(f"{last}-"):
-                d = difference["ndcg@10"]
-                lines.append(
-                    f"  {pair[len(last) + 1 :]:26}{d['mean']:+.3f} [{d['lo']:+.3f}, {d['hi']:+.3f}]"
-                )
-    return "\n".join(lines)
+    for name in others:
+        difference = signed(result["paired"][f"{last}-{name}"]["ndcg@10"])
+        lines.append(f"  {name:26}{difference}")
+    return "\n".join(
+        lines + (probe_lines(result["probes"]) if "probes" in result else [])
+    )
 
 
-def write_report(
-    out: pathlib.Path, result: dict, rows: dict[str, Row], config: dict
-) -> None:
-    """report.html: the template with the run's figures and trajectories as escaped JSON."""
-    metrics = out / "metrics.jsonl"
-    payload = {
+def thin(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
+
+
+def payload(args, config: dict, result: dict, rows: dict, pairs: dict, kept: int):
+    """What the report and the figures are drawn from; at most `kept` trajectories of each kind."""
+    steps = [x for x in read_jsonl(args.out / "metrics.jsonl") if "tool_calls" in x]
+    fields = ("stage", "step", *CURVES)
+    groups: dict[tuple, list[dict]] = {}
+    for t in read_jsonl(args.out / "trajectories.jsonl"):
+        groups.setdefault((t["stage"], t["step"]), []).append(t)
+    return {
         "title": config["dataset"],
         "eval": result,
-        "metrics": [json.loads(x) for x in metrics.read_text().splitlines()]
-        if metrics.exists()
-        else [],
-        "texts": {name: row.texts for name, row in rows.items() if row.texts},
+        "metrics": [{x: step.get(x) for x in fields} for step in thin(steps, 800)],
+        "texts": {n: x[0][:kept] for n, x in rows.items() if "text" in x[0][0]},
+        "pairs": {name: lines[: 2 * (kept // 2)] for name, lines in pairs.items()},
+        "training": thin(list(groups.values()), kept),
     }
-    safe = (
-        json.dumps(payload)
-        .replace("<", "\\u003c")
-        .replace("\u2028", "")
-        .replace("\u2029", "")
-    )
-    page = (HERE / "assets" / "report.html").read_text(encoding="utf-8")
-    (out / "report.html").write_text(
-        page.replace("__PAYLOAD__", safe), encoding="utf-8"
-    )
 
 
-def show(rows: dict[str, Row], count: int, user: str | None) -> None:
-    """Print trajectories of the last agent: prompt, what it wrote and read, and what the user really bought."""
-    name = next(n for n in ("ppr", "rta", "frozen") if n in rows)
-    texts = [t for t in rows[name].texts if user is None or t["user"] == user]
-    if not texts:
-        raise ModelError(f"user {user}: not among the {KEPT_TEXTS} kept trajectories")
-    for t in texts[:count]:
+def write_report(path: pathlib.Path, make: Callable[[int], dict]) -> None:
+    """report.html: the template with the payload as escaped JSON, cut to MAX_REPORT."""
+    template = (HERE / "assets" / "report.html").read_text(encoding="utf-8")
+    for kept in (60, 30, 15, 8, 4, 2):
+        safe = json.dumps(make(kept)).replace("<", "\\u003c")
+        page = template.replace("__PAYLOAD__", safe)
+        if len(page.encode()) <= MAX_REPORT:
+            break
+    path.write_text(page, encoding="utf-8")
+
+
+def ask_pairs(args, ctx: Context, agents: list[Agent]) -> dict[str, list[dict]]:
+    """Both questions about some hard pairs, answered by the agents before and after stage 2."""
+    pairs = [HardPair(**x) for x in read_jsonl(args.out / "hard_pairs.jsonl")]
+    samples = {s.id: s for s in ctx.ds.splits["train"]}
+    tasks = pair_tasks(pairs[:KEPT_PAIRS], samples, np.random.default_rng(0))
+    asked = [a for a in agents if a.name in ("rta", "ppr") and tasks]
+    return {a.name: play(args, ctx, a, tasks, args.seeds[0]) for a in asked}
+
+
+def plot(shown: dict, folder: pathlib.Path) -> None:
+    """curves.png and comparison.png from the report's payload; ModelError without matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as e:
+        raise ModelError("--plot needs matplotlib: pip install matplotlib") from e
+    pyplot.switch_backend("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    how = {"figsize": (10, 6), "layout": "constrained"}
+    figure, axes = pyplot.subplots(2, 2, **how)
+    for axis, (key, title) in zip(axes.flat, CURVES.items()):
+        axis.set(title=title, xlabel="step")
+        at = 0  # where the stage starts
+        for stage in dict.fromkeys(x["stage"] for x in shown["metrics"]):
+            steps = [x for x in shown["metrics"] if x["stage"] == stage]
+            x, y = zip(*((at + step["step"], step[key]) for step in steps))
+            y, at = np.array(y, float), x[-1]
+            (dots,) = axis.plot(x, y, ".", alpha=0.4, label=stage)
+            if len(x) > 5:  # the mean of five steps
+                mean = np.convolve(y, np.full(5, 0.2), "valid")
+                axis.plot(x[2:-2], mean, color=dots.get_color())
+        axis.set_ylim(min(0, axis.get_ylim()[0]))
+        axis.legend()
+    figure.savefig(folder / "curves.png", dpi=150)
+    rows = shown["eval"]["rows"]
+    names = sorted(rows, key=lambda name: rows[name]["ndcg@10"]["mean"])
+    figure, axes = pyplot.subplots(1, 2, sharey=True, **how)
+    for axis, key in zip(axes, ("ndcg@10", "hit@1")):
+        found = [[rows[n][key][x] for x in ("lo", "mean", "hi")] for n in names]
+        lo, mean, hi = np.array(found).T
+        axis.errorbar(mean, names, xerr=(mean - lo, hi - mean), fmt="o", capsize=3)
+        axis.set(title=f"{key}, 95% intervals over users")
+        axis.grid(axis="x", alpha=0.4)
+    figure.savefig(folder / "comparison.png", dpi=150)
+    print(f"written: {folder / 'curves.png'}, {folder / 'comparison.png'}")
+
+
+def show(name: str, lines: list[dict]) -> None:
+    """Print trajectories: prompt, what the agent wrote and read, and what the user really bought."""
+    for t in lines:
         print(
-            f"\n=== {name}, user {t['user']}, bought {t['positive']} ({t['title']}): rank {t['rank']}, reward {t['reward']:.3f}"
+            f"\n=== {name}, user {t['user']}, bought {t['positive']} ({t['title']}): "
+            f"rank {t['rank']}, reward {t['reward']:.3f}\n{t['prompt']}"
         )
-        print(
-            t["prompt"],
-            t["text"]
-            .replace("</observation>", "</observation>\n")
-            .replace("</tool_call>", "</tool_call>\n"),
-            sep="\n",
-        )
+        print(re.sub("(</observation>|</tool_call>)", r"\1\n", t["text"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -344,91 +600,93 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="run folder made by train.py")
-    parser.add_argument("--split", choices=["valid", "test"], default="test")
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=1000,
-        help="how many samples of the split (0: all)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        help="of the agents (default: the run's; 0 is greedy)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the agents' sampling")
-    parser.add_argument("--rows", nargs="+", help="only these rows, e.g. frozen")
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="more checkpoints to compare",
-    )
-    parser.add_argument("--device", help="default: the run's")
-    parser.add_argument(
-        "--show", type=int, metavar="N", help="print N trajectories and stop"
-    )
-    parser.add_argument("--user", help="with --show: only this user's")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("out", type=pathlib.Path, metavar="RUN", help="run folder made by train.py")
+    add("--split", choices=["valid", "test"], default="test")
+    add("--samples", type=int, default=1000, help="of the split (0: all)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the agents' sampling")
+    add("--temperature", type=float, default=0.0, help="of the agents (0: greedy)")
+    add("--rows", nargs="+", help="print only these rows, e.g. frozen; write nothing")
+    add("--models", nargs="+", default=[], metavar="DIR", help="more runs, checkpoints")
+    how = {"nargs": "+", "choices": list(STRATEGIES), "default": ["react"]}
+    add("--agent", **how, help="also the untrained model as these agents")
+    add("--device", help="default: the run's")
+    add("--probes", type=int, nargs="?", const=300, help="on so many samples (300)")
+    add("--plot", nargs="?", const="", metavar="DIR", help="figures (RUN/plots)")
+    add("--show", type=int, metavar="N", help="print N trajectories and stop")
+    add("--user", help="print this user's trajectories and stop")
+    args = parser.parse_args()
+    if args.samples < 0 or min(args.seeds) < 0 or args.temperature < 0:
+        parser.error("--samples, --seeds and --temperature cannot be negative")
+    return args
+
+
+def load(args: argparse.Namespace) -> tuple[dict, Context]:
+    """The run's config and what its tools look things up in; fills in the settings that `args` leaves to the run."""
+    for name in ("config.json", "sasrec.safetensors", "sasrec_baseline.safetensors"):
+        if not (args.out / name).exists():
+            raise ModelError(f"{args.out}: no {name}; give a folder that train.py made")
+    config = json.loads((args.out / "config.json").read_text())
+    own = config["args"]
+    names = "device greedy_answer k bonus dtype max_new_tokens"
+    for name in names.split():
+        if getattr(args, name, None) is None:
+            setattr(args, name, own[name])
+    args.slots = own["slots"] * own["group_size"]
+    ds = load_dataset(own["dataset"], own["data_dir"])
+    if ds.fingerprint() != config["fingerprint"]:
+        raise DatasetError(f"{args.out}: its dataset has changed since; restore it")
+    sasrec = load_sasrec(args.out / "sasrec.safetensors", len(ds.items))
+    return config, Context(ds, sasrec, read_profiles(args.out / PROFILES))
+
+
+def evaluate(
+    args, ctx: Context, agents: list[Agent], samples: list
+) -> dict[str, Lines]:
+    """The rows asked for; ModelError for one that there is not."""
+    names, rows = [a.name for a in agents], {}
+    if not args.rows or set(args.rows) - set(names):
+        for name, scores in baseline_scores(ctx, args.out, samples).items():
+            rows[name] = [[{"rank": r} for r in ranks_from_scores(scores, samples)]]
+    if unknown := set(args.rows or ()) - {*names, *rows}:
+        known = " ".join([*rows, *names])
+        raise ModelError(f"no row {' '.join(unknown)}; there are {known}")
+    tasks = [Task(s) for s in samples]
+    for agent in (a for a in agents if not args.rows or a.name in args.rows):
+        rows[agent.name] = [play(args, ctx, agent, tasks, seed) for seed in args.seeds]
+    return {n: x for n, x in rows.items() if not args.rows or n in args.rows}
 
 
 def main() -> None:
     args = parse_args()
-    out = pathlib.Path(args.run)
-    if not (out / "config.json").exists():
-        raise ModelError(f"{out}: no config.json; give a run folder that train.py made")
-    config = json.loads((out / "config.json").read_text())
-    for name in ("device", "temperature"):
-        setattr(
-            args,
-            name,
-            config["args"][name]
-            if getattr(args, name) is None
-            else getattr(args, name),
-        )
-    for name in ("k", "bonus", "dtype", "max_new_tokens"):
-        setattr(args, name, config["args"][name])
-    ds: Dataset = load_dataset(config["args"]["dataset"], config["args"]["data_dir"])
-    ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
-    pool = ds.splits[args.split]
+    config, ctx = load(args)
+    pool, agents = ctx.ds.splits[args.split], run_agents(args, config)
     order = np.random.default_rng(0).permutation(len(pool))[: args.samples or None]
     samples = [pool[i] for i in order]
-    agents = agent_rows(out, config) | {
-        f"model:{pathlib.Path(m).name}": (m, ALL_TOOLS) for m in args.models
-    }
-    rows: dict[str, Row] = {}
-    if not args.rows:
-        for name, scores in baseline_scores(ctx, out, samples).items():
-            rows[name] = Row(ranks_from_scores(scores, samples))
-    for name, (path, tools) in agents.items():
-        if args.rows and name not in args.rows:
-            continue
-        file = (
-            out
-            / "rows"
-            / f"{name.replace(':', '-')}-{args.split}-{len(samples)}-{args.temperature:g}-{args.seed}.json"
-        )
-        if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            row = agent_row(args, ctx, path, samples, tools, f"evaluating {name}")
-            file.with_suffix(".new").write_text(json.dumps(row.__dict__))
-            file.with_suffix(".new").rename(file)
-        rows[name] = Row(**json.loads(file.read_text()))
-    if args.show or args.user:
-        return show(rows, args.show or 10, args.user)
+    last = next(a for name in FINAL for a in agents if a.name == name)
+    if args.user or args.show:
+        own = [s for s in pool if ctx.ds.users[s.user] == args.user]
+        chosen = (own if args.user else samples)[: args.show]
+        if not chosen:
+            raise ModelError(f"no sample of the {args.split} split is of {args.user}")
+        tasks = [Task(s) for s in chosen]
+        reader = next((a for a in agents if a.strategy != "react"), last)
+        return show(reader.name, play(args, ctx, reader, tasks, args.seeds[0]))
+    rows = evaluate(args, ctx, agents, samples)
     result = summarize(rows, samples, args)
+    if args.probes:
+        result["probes"] = probe(args, ctx, last, samples, rows)
     print(table(result))
-    if not args.rows:
-        (out / "eval.json").write_text(json.dumps(result, indent=1))
-        write_report(out, result, rows, config)
-        print(f"\nwritten: {out / 'eval.json'}, {out / 'report.html'}")
+    if args.rows:
+        return
+    pairs = ask_pairs(args, ctx, agents)
+    make = functools.partial(payload, args, config, result, rows, pairs)
+    (args.out / "eval.json").write_text(json.dumps(result, indent=1))
+    write_report(args.out / "report.html", make)
+    print(f"\nwritten: {args.out / 'eval.json'}, {args.out / 'report.html'}")
+    if args.plot is not None:
+        plot(make(0), pathlib.Path(args.plot or args.out / "plots"))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DatasetError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, "stopped; the same command continues", ModelError)

@@ -7,13 +7,16 @@ log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G t
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
 reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
+Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from model import Policy, TrainRow, micro_batches, token_logprobs
 from rollout import Trajectory
@@ -68,9 +71,8 @@ class Objective:
     baseline: str = "mean"  # or "loo"
     divide_by_std: bool = False
     token_mean: bool = False  # mean instead of sum over a trajectory's tokens
-    drop_negative: bool = (
-        True  # dynamic sampling: drop groups whose rewards are all negative
-    )
+    # dynamic sampling: drop groups whose rewards are all negative
+    drop_negative: bool = True
 
 
 def policy_gradient(
@@ -79,6 +81,7 @@ def policy_gradient(
     objective: Objective = Objective(),
     temperature: float = 1.0,
     micro_tokens: int = 16_384,
+    score: Callable | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of Eq. 6 over all groups into `.grad` and return the step's metrics.
 
@@ -94,42 +97,66 @@ def policy_gradient(
         "zero_variance_groups": int(flat.sum()),
         "dropped_groups": int(dropped.sum()),
     }
-    rows, weights, old = [], [], []
-    for p in np.flatnonzero(~(flat | dropped)):
-        for t, advantage in zip(groups[p], advantages[p]):
-            n_actions = sum(t.action_mask)
-            rows.append(TrainRow(int(p), t.ids, t.action_mask))
-            weights.append(
-                np.full(
-                    n_actions, advantage / (n_actions if objective.token_mean else 1)
-                )
-            )
-            old.append([logprob for logprob, m in zip(t.logprobs, t.action_mask) if m])
-    if not rows:
+    kept = np.flatnonzero(~(flat | dropped))
+    if not len(kept):
         return metrics | {"kl_sampler_trainer": 0.0, "entropy": 0.0, "loss": 0.0}
-    weight, old_logprobs = (
-        torch.tensor(np.concatenate(x), dtype=torch.float32) for x in (weights, old)
-    )
-    done, kl, entropy, loss_sum = 0, 0.0, 0.0, 0.0
-    for part_prompts, part_rows in micro_batches(
-        [g[0].prompt for g in groups], rows, micro_tokens
-    ):
-        logprobs, entropies = token_logprobs(
-            policy, part_prompts, part_rows, temperature
-        )
-        part = slice(done, done + len(logprobs))
-        loss = -(weight[part].to(logprobs) * logprobs).sum() / denominator  # Eq. 6
-        loss.backward()
-        gap = logprobs.detach().cpu() - old_logprobs[part]
-        kl += float((gap.exp() - 1 - gap).sum())
-        entropy += float(entropies.sum())
-        loss_sum += float(loss.detach())
+    mine = kept[my_share([sum(len(t.ids) for t in groups[p]) for p in kept])]
+    rows, weights, old = [], [], []
+    for p in mine:
+        for t, advantage in zip(groups[p], advantages[p]):
+            mask = t.chance_mask
+            n_actions = sum(mask)
+            rows.append(TrainRow(int(p), t.ids, mask))
+            share = float(advantage) / (n_actions if objective.token_mean else 1)
+            weights += [share] * n_actions
+            old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
+    prompts = [g[0].prompt for g in groups]
+    how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
+    done = accumulate(policy, prompts, rows, weights, denominator, **how)  # Eq. 6
+    logprobs, entropies = done
+    gap = logprobs - torch.tensor(old)
+    loss = -(torch.tensor(weights) * logprobs).sum() / denominator
+    sums = [len(gap), (gap.exp() - 1 - gap).sum(), entropies.sum(), loss]
+    n, kl, entropy, loss = over_ranks([float(x) for x in sums])
+    found = {"kl_sampler_trainer": kl / n, "entropy": entropy / n, "loss": loss}
+    return metrics | found
+
+
+def accumulate(
+    policy: Policy,
+    prompts: list[list[int]],
+    rows: list[TrainRow],
+    weights: list[float] | None,
+    denominator: float = 1.0,
+    *,
+    temperature: float = 1.0,
+    micro_tokens: int = 16_384,
+    score: Callable | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.
+
+    One weight an action token, row after row; None: only look. Returns the tokens' log-probabilities and entropies [N] on
+    the CPU. `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all
+    ranks must make equally many: a rank with less to do scores a spare token of weight 0.
+    """
+    parts = list(micro_batches(prompts, rows, micro_tokens))
+    spares = int(over_ranks([len(parts)], "max")[0]) - len(parts)
+    parts += [([[0, 0]], [TrainRow(0, [0], [1])])] * spares
+    weight = torch.tensor([*(weights or []), *[0.0] * spares])
+    found = [(torch.zeros(0), torch.zeros(0))]
+    done = 0
+    for part_prompts, part_rows in parts:
+        with torch.set_grad_enabled(weights is not None):
+            logprobs, entropies = (score or token_logprobs)(
+                policy, part_prompts, part_rows, temperature
+            )
+        if weights is not None:
+            part = weight[done : done + len(logprobs)].to(logprobs)
+            (-(part * logprobs).sum() / denominator).backward()
+        found.append((logprobs.detach().float().cpu(), entropies.float().cpu()))
         done += len(logprobs)
-    return metrics | {
-        "kl_sampler_trainer": kl / done,
-        "entropy": entropy / done,
-        "loss": loss_sum,
-    }
+    logprobs, entropies = (torch.cat(x)[: done - spares] for x in zip(*found))
+    return logprobs, entropies
 
 
 def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
@@ -141,15 +168,51 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
     rewards = np.array([t.reward for t in everyone])
     rewarded = [len(t.calls) > 0 for t in everyone if t.reward > 0]
     ranks = [rank_of_positive(t) for t in everyone if t.task.pair is None]
-    return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "ndcg@10": float(np.mean([ndcg(r, 10) for r in ranks])) if ranks else None,
-        "hit@1": float(np.mean([r == 1 for r in ranks])) if ranks else None,
-        "hit@10": float(np.mean([r is not None for r in ranks])) if ranks else None,
-        "valid": float(np.mean([t.valid for t in everyone])),
-        "tool_calls": float(np.mean([len(t.calls) for t in everyone])),
-        "tool_rate_of_rewarded": float(np.mean(rewarded)) if rewarded else 0.0,
-        "cut": float(np.mean([t.end == "length" for t in everyone])),
-        "tokens": sum(len(t.ids) for t in everyone),
+    of_ranks = {
+        "ndcg@10": [ndcg(r, 10) for r in ranks],
+        "hit@1": [r == 1 for r in ranks],
+        "hit@10": [r is not None for r in ranks],
     }
+    of_all = {
+        "valid": [t.valid for t in everyone],
+        "tool_calls": [len(t.calls) for t in everyone],
+        "tool_rate_of_rewarded": rewarded or [0],
+        "cut": [t.end == "length" for t in everyone],
+    }
+    metrics = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
+    for name, values in (of_ranks | of_all).items():
+        metrics[name] = float(np.mean(values)) if values else None
+    return metrics | {"tokens": sum(len(t.ids) for t in everyone)}
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks: 0 and 1 without torchrun."""
+    ready = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+
+
+def over_ranks(values: list[float], how: str = "sum") -> list[float]:
+    """The numbers' sums, or maxima, over all ranks; all ranks must call it."""
+    if ranks()[1] == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, getattr(dist.ReduceOp, how.upper()))
+    return total.tolist()
+
+
+def my_share(sizes: list[int]) -> list[int]:
+    """Indices of the items that this rank takes: dealt out largest first, in the items' order."""
+    rank, n = ranks()
+    by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    return sorted(by_size[rank::n])
+
+
+def gather_list(own: list) -> list[list]:
+    """Every rank's list, on every rank."""
+    lists = [own] * ranks()[1]
+    if len(lists) > 1:
+        dist.all_gather_object(lists, own)
+    return lists

@@ -11,17 +11,28 @@ The last prompt token is not part of the prefix: it is the first input of every 
 first action token. Shapes: P prompts, G rows a prompt, B = P*G, T tokens, H heads, K kv heads, D head size, V vocabulary.
 """
 
-import json
+import copy
 import pathlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    Qwen3Config,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 LayerKV = tuple[torch.Tensor, torch.Tensor]
+# settings of Gemma 2 and its like that change what attention or the vocabulary projection computes
+UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 class ModelError(ValueError):
@@ -31,35 +42,87 @@ class ModelError(ValueError):
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
+class Packed:
+    """Past of sequences that lie in one row without padding; each is causal and sees what is `before` it.
+
+    before: for each layer and sequence, the keys and values ahead of it in one or more parts [K, T, D].
+    bias: [S, T + S] of the longest, -inf where a token may not look.
+    new: gathers the keys and values [K, N, D] of the row, layer by layer.
+    """  # no dataclass: fully_shard copies dataclasses, and their lists, at every layer
+
+    def __init__(self, lengths: list[int], bias: torch.Tensor, before=None):
+        self.lengths, self.bias, self.before = lengths, bias, before
+        self.new: dict[int, LayerKV] = {}
+
+    def attend(self, query, key, value, layer: int, scaling: float) -> torch.Tensor:
+        """Attention of [1, H, N, D] packed sequences, one at a time, so that its scores stay in the cache.
+
+        `split` (not slicing) keeps the backward linear.
+        """
+        self.new.setdefault(layer, (key[0], value[0]))
+        parts = zip(*(x[0].split(self.lengths, 1) for x in (query, key, value)))
+        out = []
+        for i, (q, k, v) in enumerate(parts):
+            if self.before:
+                k = torch.cat([*(pair[0] for pair in self.before[layer][i]), k], 1)
+                v = torch.cat([*(pair[1] for pair in self.before[layer][i]), v], 1)
+            out.append(causal_attention(q, k, v, self.bias, scaling))
+        return torch.cat(out, 1)[None]
+
+
 @dataclass
-class Past:
-    """What the tokens of one forward see before them; one of four kinds of forward, by `kind`.
+class Decode:
+    """Past of one token for each of n sampling rows; `at` indexes the tokens' places in the buffers `own`."""
 
-    prefill: rows are prompts; causal. suffix: row b sees prompt `owner[b]` and its own tokens up to `position`.
-    decode: like suffix with one token a row, rows in P x G order, without copying the prompts' keys.
-    packed (training): all sequences lie in one row without padding, `lengths` long; sequence i is causal and also
-    sees all of prompt `owners[i]`, if there are prompts.
-    """
+    prompts: list[LayerKV]  # a layer: [P, K, T, D] keys and values
+    own: list[LayerKV]  # a layer: [P, K, G, S, D]; the tokens' are written into it
+    at: tuple[torch.Tensor, slice, torch.Tensor, torch.Tensor]
+    prompt_bias: torch.Tensor  # [P*K, 1, T], -inf where a prompt has no token
+    own_bias: torch.Tensor  # [P*K*G, 1, S]
 
-    kind: str
-    prompts: list[LayerKV] = field(
-        default_factory=list
-    )  # a layer: [P, K, T, D] keys and values (packed: lists of [K, T, D])
-    own: list[LayerKV] | None = (
-        None  # a layer: [B, K, S, D] buffers that sampling writes into
-    )
-    lengths: list[int] | None = None
-    owners: list[int] | None = None
-    owner: torch.Tensor | None = None  # [b] prompt of each row
-    rows: torch.Tensor | None = None  # [b] which buffer rows these are
-    position: torch.Tensor | None = (
-        None  # [b, T] place of each token in its row's suffix
-    )
-    span: int = 0  # buffer columns in use
-    prompt_mask: torch.Tensor | None = None  # [P, T] True where a prompt has a token
-    mask: torch.Tensor | None = (
-        None  # [b, 1, T, T_prompt + span] for suffix; [B, 1, 1, span] for decode
-    )
+    def attend(self, query, key, value, layer: int, scaling: float) -> torch.Tensor:
+        """One token a row, [n, H, 1, D]: scores against the group's prompt and the row's suffix, one softmax over both.
+
+        Works on all rows of the batch, since gathering the suffixes of n rows would cost more than their scores.
+        """
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
+        P, K, G, S, D = own_k.shape
+        n, H, T, R = len(query), query.shape[1], prompt_k.shape[2], query.shape[1] // K
+        own_k[self.at], own_v[self.at] = key[:, :, 0], value[:, :, 0]
+        every = query.new_zeros(P, K, G, R, D)
+        every[self.at[:3]] = query.view(n, K, R, D)
+        to_prompt = torch.baddbmm(
+            self.prompt_bias,
+            every.view(P * K, G * R, D),
+            prompt_k.view(P * K, T, D).transpose(1, 2),
+            alpha=scaling,
+        )
+        to_own = torch.baddbmm(
+            self.own_bias,
+            every.view(-1, R, D),
+            own_k.view(-1, S, D).transpose(1, 2),
+            alpha=scaling,
+        )
+        scores = torch.cat([to_prompt.view(-1, R, T), to_own], -1)
+        on_prompt, on_own = scores.softmax(-1).to(query.dtype).split([T, S], -1)
+        out = on_prompt.reshape(P * K, G * R, T) @ prompt_v.view(P * K, T, D)
+        out = torch.baddbmm(out.view(-1, R, D), on_own, own_v.view(-1, S, D))
+        return out.view(P, K, G, R, D)[self.at[:3]].reshape(n, H, 1, D)
+
+
+def causal_attention(q, k, v, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+    """[H, S, D] queries, the last S of the T tokens whose keys and values [K, T, D] are given."""
+    (H, S, D), (K, T, _) = q.shape, k.shape
+    ahead = bias.shape[1] - bias.shape[0]
+    bias = bias[:S, ahead - (T - S) : ahead + S]
+    if q.is_cuda or H * S * T > 2**25:  # torch has kernels that never hold the scores
+        k, v = widen(k[None], v[None], H // K)
+        return F.scaled_dot_product_attention(
+            q[None], k, v, attn_mask=bias, scale=scaling
+        )[0]
+    q, bias = q.reshape(K, -1, D), bias.repeat(H // K, 1)  # K, H/K * S, D
+    weight = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
+    return (weight @ v).view(H, S, D)
 
 
 def shared_prefix_attention(
@@ -67,113 +130,19 @@ def shared_prefix_attention(
 ):
     """Attention of [b, H, T, D] queries as `past` says; without `past` plain causal attention. Returns [b, T, H, D]."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary left them in fp32
-    repeat = query.shape[1] // key.shape[1]
-    if past is None or past.kind == "prefill":
-        if past is not None:
-            past.prompts.append((key, value))
+    if past is None:
+        key, value = widen(key, value, query.shape[1] // key.shape[1])
         out = F.scaled_dot_product_attention(
-            query, *widen(key, value, repeat), is_causal=True, scale=scaling
-        )
-    elif past.kind == "packed":
-        out = packed_attention(query, key, value, past, module.layer_idx, scaling)
-    elif past.kind == "suffix":
-        (prompt_k, prompt_v), (own_k, own_v) = (
-            past.prompts[module.layer_idx],
-            past.own[module.layer_idx],
-        )
-        at = (past.rows[:, None], slice(None), past.position)
-        own_k[at], own_v[at] = key.transpose(1, 2), value.transpose(1, 2)
-        key = torch.cat([prompt_k[past.owner], own_k[past.rows, :, : past.span]], 2)
-        value = torch.cat([prompt_v[past.owner], own_v[past.rows, :, : past.span]], 2)
-        out = F.scaled_dot_product_attention(
-            query, *widen(key, value, repeat), attn_mask=past.mask, scale=scaling
+            query, key, value, is_causal=True, scale=scaling
         )
     else:
-        out = decode_attention(query, key, value, past, module.layer_idx, scaling)
+        out = past.attend(query, key, value, module.layer_idx, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def widen(key: torch.Tensor, value: torch.Tensor, repeat: int) -> LayerKV:
     """Repeat each kv head for the query heads that share it."""
-    if repeat == 1:
-        return key, value
     return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-
-
-def packed_attention(
-    query, key, value, past: Past, layer: int, scaling: float
-) -> torch.Tensor:
-    """Attention of sequences packed in one row [1, H, N, D], each after its prompt; gradients reach shared prompts.
-
-    One matrix product a sequence, small enough to stay in the cache; `split` (not slicing) keeps the backward linear.
-    """
-    queries, keys, values = (
-        x[0].split(past.lengths, 1) for x in (query, key, value)
-    )  # [H or K, S, D] each
-    mask = past.mask  # [S, T + S] of the longest: False where a token may not look
-    T_max = mask.shape[1] - mask.shape[0]
-    out = []
-    for i, (q, k, v) in enumerate(zip(queries, keys, values)):
-        if past.owners is not None:
-            prompt_k, prompt_v = past.prompts[layer]
-            k, v = (
-                torch.cat([prompt_k[past.owners[i]], k], 1),
-                torch.cat([prompt_v[past.owners[i]], v], 1),
-            )
-        (H, S, D), (K, T, _) = q.shape, k.shape
-        visible = mask[:S, T_max - (T - S) : T_max + S]
-        if (
-            H * S * T > 2**25
-        ):  # too large to hold: let torch choose a kernel that never does
-            k, v = widen(k[None], v[None], H // K)
-            out.append(
-                F.scaled_dot_product_attention(
-                    q[None], k, v, attn_mask=visible, scale=scaling
-                )[0]
-            )
-            continue
-        scores = (q.reshape(K, -1, D) * scaling) @ k.transpose(1, 2)  # K, H/K * S, T
-        weight = scores.view(K, -1, S, T).masked_fill(~visible, -torch.inf).softmax(-1)
-        out.append((weight.view(K, -1, T) @ v).view(H, S, D))
-    if past.owners is None:
-        past.prompts.append((keys, values))
-    return torch.cat(out, 1)[None]
-
-
-def decode_attention(
-    query, key, value, past: Past, layer: int, scaling: float
-) -> torch.Tensor:
-    """One token a row: scores against the group's prompt and the row's suffix, one softmax over both. [B, H, 1, D]"""
-    (prompt_k, prompt_v), (own_k, own_v) = past.prompts[layer], past.own[layer]
-    B, H, _, D = query.shape
-    P, K, T, _ = prompt_k.shape
-    G, R, S = B // P, H // K, past.span
-    position = past.position[:, 0]
-    own_k[past.rows, :, position], own_v[past.rows, :, position] = (
-        key[:, :, 0],
-        value[:, :, 0],
-    )
-    own_k, own_v = own_k[:, :, :S], own_v[:, :, :S]
-    q = query.view(B, K, R, D) * scaling
-    grouped = q.view(P, G, K, R, D).transpose(1, 2).reshape(P, K, G * R, D)
-    to_prompt = (grouped @ prompt_k.transpose(2, 3)).masked_fill(
-        ~past.prompt_mask[:, None, None], -torch.inf
-    )
-    to_prompt = to_prompt.view(P, K, G, R, T).transpose(1, 2).reshape(B, K, R, T)
-    to_own = (q @ own_k.transpose(2, 3)).masked_fill(
-        ~past.mask, -torch.inf
-    )  # B, K, R, S
-    weight = (
-        torch.cat([to_prompt, to_own], -1)
-        .softmax(-1, dtype=torch.float32)
-        .to(query.dtype)
-    )
-    on_prompt = (
-        weight[..., :T].view(P, G, K, R, T).transpose(1, 2).reshape(P, K, G * R, T)
-        @ prompt_v
-    )
-    on_prompt = on_prompt.view(P, K, G, R, D).transpose(1, 2).reshape(B, K, R, D)
-    return (on_prompt + weight[..., T:] @ own_v).reshape(B, H, 1, D)
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -194,26 +163,31 @@ class Policy:
 
     def __post_init__(self):
         self.model.set_attn_implementation("shared_prefix")
-        self.eos = (
-            self.model.generation_config.eos_token_id
-            if self.model.generation_config
-            else None
-        )
-        self.eos = {
-            self.tokenizer.eos_token_id,
-            *(self.eos if isinstance(self.eos, list) else [self.eos]),
-        } - {None}
         windows = {getattr(m, "sliding_window", None) for m in self.model.modules()} - {
             None
         }
         self.window = min(windows, default=None)
         added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added))) if added else None
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        eos = eos if isinstance(eos, list) else [eos]
+        ends = {self.tokenizer.eos_token_id, self.end_of_turn(), *eos}
+        self.eos = ends - {None}
+
+    def end_of_turn(self) -> int | None:
+        """The special token that the chat template puts after an answer; Gemma names it nowhere else."""
+        said = {"role": "assistant", "content": "answer"}
+        chat = [{"role": "user", "content": "question"}, said]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        _, found, rest = text.rpartition("answer")
+        end = self.added.match(rest.strip()) if found and self.added else None
+        return self.tokenizer.convert_tokens_to_ids(end[0]) if end else None
 
     def piece(self, token: int) -> str:
-        """Text of one token, for looking at the tail of a turn."""
+        """Text of one token, for looking at the tail of a turn; after another one, since some decoders strip the first."""
         if token not in self.pieces:
-            self.pieces[token] = self.tokenizer.decode([token])
+            once, twice = self.tokenizer.batch_decode([[token], [token, token]])
+            self.pieces[token] = twice[len(once) :]
         return self.pieces[token]
 
     def defuse(self, text: str) -> str:
@@ -238,6 +212,15 @@ class Policy:
             self.device.type, self.dtype, enabled=self.dtype != torch.float32
         )
 
+    def describe(self) -> str:
+        """Architecture and size in a few words."""
+        n = sum(p.numel() for p in self.model.parameters())
+        return f"{self.model.config.model_type} {n / 1e6:.1f}M parameters"
+
+    def sampler(self) -> torch.nn.Module:
+        """The model to sample from: autocast would cast fp32 matrices again at every token."""
+        return plain_copy(self.model, self.dtype)
+
 
 def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Policy:
     """Load a Hugging Face folder or hub id from safetensors, weights in fp32, without remote code."""
@@ -251,7 +234,7 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise ModelError(f"{path}: cannot be loaded: {str(e).splitlines()[0]}") from e
     if tokenizer.chat_template is None:
         raise ModelError(
@@ -261,6 +244,10 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
         raise ModelError(
             f"{path}: {len(tokenizer)} tokens but {model.get_input_embeddings().num_embeddings} embeddings"
         )
+    told = {f for f in UNSUPPORTED if getattr(model.config, f, None)}
+    if told or not (hasattr(model, "model") and hasattr(model, "lm_head")):
+        why = " and ".join(sorted(told)) or "the architecture"
+        raise ModelError(f"{path}: {why} of {model.config.model_type} is not supported")
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise ModelError(
             f"{path}: some weights are not finite; the checkpoint is damaged"
@@ -272,18 +259,87 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
 
 def save_policy(policy: Policy, folder: pathlib.Path) -> None:
     """Write a folder that AutoModelForCausalLM loads."""
-    policy.model.save_pretrained(folder)
+    plain_copy(policy.model, torch.float32).save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
 
-def pad_ids(
-    sequences: list[list[int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, T] ids padded with 0 on the right, and the [n, T] mask of real tokens."""
-    T = max(1, max(len(s) for s in sequences))
-    ids = torch.tensor([s + [0] * (T - len(s)) for s in sequences], device=device)
-    lengths = torch.tensor([len(s) for s in sequences], device=device)
-    return ids, torch.arange(T, device=device)[None] < lengths[:, None]
+class LoRA(torch.nn.Module):
+    """A frozen linear layer with a trained low-rank addition, y = W x + scale B A x (https://arxiv.org/abs/2106.09685)."""
+
+    def __init__(self, linear: torch.nn.Linear, rank: int, scale: float = 2.0):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        weight = linear.weight
+        self.a = torch.nn.Parameter(weight.new_empty(rank, linear.in_features))
+        self.b = torch.nn.Parameter(weight.new_zeros(linear.out_features, rank))
+        torch.nn.init.kaiming_uniform_(self.a, 5**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
+
+    def merged(self) -> torch.Tensor:
+        """The weight of one layer that does the same."""
+        return (self.linear.weight + self.scale * self.b @ self.a).detach()
+
+
+def add_lora(policy: Policy, rank: int) -> None:
+    """Freeze the model and put adapters on every linear layer of its decoder (not on the vocabulary projection)."""
+    policy.model.requires_grad_(False)
+    for parent in list(policy.model.model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, LoRA(child, rank))
+
+
+def plain_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without adapters and with matrices in `dtype`; whatever that does not change is shared, not copied."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRA):
+                child.linear.weight = torch.nn.Parameter(child.merged())
+                setattr(parent, name, child.linear)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.dtype != dtype:
+            module.weight = torch.nn.Parameter(module.weight.detach().to(dtype))
+    return model
+
+
+def checkpoint_layers(policy: Policy) -> None:
+    """Keep only each layer's input for the backward and compute the rest again: less memory, a third more work."""
+    policy.model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "preserve_rng_state": False}
+    )
+    for module in policy.model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # transformers checkpoints in training mode only
+
+
+def forward_packed(
+    policy: Policy, model, sequences: list[list[int]], starts: list[int], before=None
+) -> tuple[torch.Tensor, list[LayerKV]]:
+    """Forward of sequences without padding, sequence i at positions `starts[i]`, ...; see Packed for `before`.
+
+    Returns the last hidden states [N, C] and, for each layer, keys and values [K, N, D].
+    """
+    lengths, device = list(map(len, sequences)), policy.device
+    exact = policy.dtype == torch.float32
+    column = torch.arange(max(lengths) + max(starts), device=device)
+    hidden = column > column[: max(lengths), None] + max(starts)
+    bias = torch.zeros(
+        hidden.shape, dtype=model.dtype if exact else policy.dtype, device=device
+    ).masked_fill_(hidden, -torch.inf)
+    past = Packed(lengths, bias, before)
+    ids = torch.tensor([[t for s in sequences for t in s]], device=device)
+    places = [p for first, n in zip(starts, lengths) for p in range(first, first + n)]
+    with policy.autocast():
+        out = model.model(
+            ids,
+            position_ids=torch.tensor([places], device=device),
+            use_cache=False,
+            past=past,
+        )
+    return out.last_hidden_state[0], list(past.new.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -293,136 +349,132 @@ class RaggedBatch:
     """Keys and values of `slots` prompts with `group` rows each, while sampling.
 
     Row r belongs to slot r // group. `prefill` puts prompts into slots, `extend` feeds several known tokens to some
-    rows, `decode` feeds one token to every row and returns the logits of the next.
+    rows, `decode` feeds one token to some rows and returns the logits of the next.
     """
 
     def __init__(self, policy: Policy, slots: int, group: int):
-        self.policy, self.slots, self.group = policy, slots, group
-        self.prompts: list[LayerKV] = []
-        self.own: list[LayerKV] = []
-        self.prompt_length = torch.zeros(slots, dtype=torch.long, device=policy.device)
-        self.length = torch.zeros(
-            slots * group, dtype=torch.long, device=policy.device
-        )  # tokens in each suffix
-        self.longest = (
-            0  # of the suffixes, so that no step waits for the device to tell
+        self.policy, self.model, self.slots, self.group = (
+            policy,
+            policy.sampler(),
+            slots,
+            group,
         )
+        self.prompts: list[LayerKV] = []  # a layer: [P, K, T, D]
+        self.own: list[LayerKV] = []  # a layer: [P, K, G, S, D]
+        self.prompt_length = [0] * slots
+        self.length = [0] * (slots * group)  # tokens in each row's suffix
 
     @torch.inference_mode()
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
         """Compute the prompts' keys and values (all but their last token) and empty the slots' rows."""
-        ids, _ = pad_ids([p[:-1] for p in prompts], self.policy.device)
-        past = Past("prefill")
-        with self.policy.autocast():
-            self.policy.model.model(ids, use_cache=False, past=past)
-        new_T = ids.shape[1]
+        prefixes = [p[:-1] for p in prompts]
+        _, new = forward_packed(self.policy, self.model, prefixes, [0] * len(slots))
         if not self.prompts:
-            shape = [(k.shape[1], k.shape[3], k.dtype) for k, _ in past.prompts]
-            self.prompts = [self._pair(self.slots, K, new_T, D, t) for K, D, t in shape]
-            self.own = [
-                self._pair(self.slots * self.group, K, 64, D, t) for K, D, t in shape
-            ]
-        if new_T > self.prompts[0][0].shape[2]:
-            self.prompts = [grow(pair, new_T) for pair in self.prompts]
-        for (k, v), (new_k, new_v) in zip(self.prompts, past.prompts):
-            k[slots, :, :new_T], v[slots, :, :new_T] = new_k, new_v
-        for slot, prompt in zip(slots, prompts):
-            self.prompt_length[slot] = len(prompt) - 1
-            self.length[slot * self.group : (slot + 1) * self.group] = 0
-        self.longest = int(self.length.max())
+            self.prompts = [self._buffers(pair) for pair in new]
+            self.own = [self._buffers(pair, self.group) for pair in new]
+        reserve(self.prompts, max(map(len, prefixes)))
+        for buffers, pair in zip(self.prompts, new):
+            for buffer, x in zip(buffers, pair):
+                for slot, part in zip(slots, x.split(list(map(len, prefixes)), 1)):
+                    buffer[slot, :, : part.shape[1]] = part
+        for slot, prefix in zip(slots, prefixes):
+            self.prompt_length[slot] = len(prefix)
+            self.length[slot * self.group : (slot + 1) * self.group] = [0] * self.group
 
-    def _pair(self, n: int, heads: int, T: int, D: int, dtype: torch.dtype) -> LayerKV:
-        empty = torch.zeros(n, heads, T, D, dtype=dtype, device=self.policy.device)
-        return empty, empty.clone()
-
-    def _past(self, kind: str, position: torch.Tensor, rows: torch.Tensor) -> Past:
-        buffers = {"prompts": self.prompts, "own": self.own}
-        return Past(kind, **buffers, rows=rows, position=position, span=self.longest)
-
-    def _reserve(self, n: int) -> None:
-        self.longest += n
-        if self.longest > self.own[0][0].shape[2]:
-            self.own = [grow(pair, 2 * self.longest) for pair in self.own]
+    def _buffers(self, pair: LayerKV, *group: int) -> LayerKV:
+        K, _, D = pair[0].shape
+        return tuple(x.new_zeros(self.slots, K, *group, 0, D) for x in pair)
 
     @torch.inference_mode()
     def extend(self, rows: list[int], tokens: list[list[int]]) -> None:
         """Append known tokens (an observation) to some rows, each at its own position."""
-        ids, real = pad_ids(tokens, self.policy.device)
-        self._reserve(ids.shape[1])
-        at = torch.tensor(rows, device=self.policy.device)
-        owner = at // self.group
-        position = self.length[at, None] + torch.arange(
-            ids.shape[1], device=ids.device
-        )  # b, T
-        past = self._past("suffix", position, at)
-        past.owner = owner
-        past.mask = suffix_mask(
-            self.prompt_length,
-            self.prompts[0][0].shape[2],
-            owner,
-            position,
-            self.longest,
+        lengths = [self.length[r] + len(t) for r, t in zip(rows, tokens)]
+        reserve(self.own, max(lengths))
+        starts = [self.prompt_length[r // self.group] + self.length[r] for r in rows]
+        before = [
+            [self._seen(layer, r) for r in rows] for layer in range(len(self.own))
+        ]
+        _, new = forward_packed(self.policy, self.model, tokens, starts, before)
+        place = [
+            (r // self.group, r % self.group, self.length[r] + i)
+            for r, t in zip(rows, tokens)
+            for i in range(len(t))
+        ]
+        slot, member, position = torch.tensor(place, device=self.policy.device).T
+        for buffers, pair in zip(self.own, new):
+            for buffer, x in zip(buffers, pair):
+                buffer[slot, :, member, position] = x.transpose(0, 1)
+        for r, n in zip(rows, lengths):
+            self.length[r] = n
+
+    def _seen(self, layer: int, row: int) -> list[LayerKV]:
+        """Views of the keys and values [K, T, D] of a row's prompt and of its suffix so far."""
+        slot, member = divmod(row, self.group)
+        n, own = self.prompt_length[slot], self.length[row]
+        return [
+            tuple(x[slot, :, :n] for x in self.prompts[layer]),
+            tuple(x[slot, :, member, :own] for x in self.own[layer]),
+        ]
+
+    @torch.inference_mode()
+    def decode(self, rows: list[int], tokens: list[int]) -> torch.Tensor:
+        """Feed one token to each of n rows and return [n, V] fp32 logits."""
+        P, G, device = self.slots, self.group, self.policy.device
+        reserve(self.own, max(self.length) + 1)
+        K, T, S = *self.prompts[0][0].shape[1:3], self.own[0][0].shape[3]
+        table = [
+            (r // G, r % G, self.length[r], self.prompt_length[r // G], token)
+            for r, token in zip(rows, tokens)
+        ]
+        slot, member, position, start, ids = torch.tensor(table, device=device).T
+        length = torch.tensor(self.length, device=device).view(P, 1, G) + 1
+        prompt_length = torch.tensor(self.prompt_length, device=device).view(P, 1)
+        dtype = self.own[0][0].dtype
+        past = Decode(
+            self.prompts,
+            self.own,
+            (slot, slice(None), member, position),
+            length_bias(prompt_length.expand(P, K), T, dtype),
+            length_bias(length.expand(P, K, G), S, dtype),
         )
         with self.policy.autocast():
-            self.policy.model.model(
-                ids,
-                position_ids=self.prompt_length[owner, None] + position,
+            out = self.model.model(
+                ids[:, None],
+                position_ids=(start + position)[:, None],
                 use_cache=False,
                 past=past,
             )
-        self.length[at] += real.sum(1)
-        self.longest = int(self.length.max())
-
-    @torch.inference_mode()
-    def decode(self, tokens: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        """Feed [B] tokens, one a row, and return [B, V] fp32 logits; rows not `active` [B] are left as they were."""
-        self._reserve(1)
-        position = self.length[:, None]
-        T = self.prompts[0][0].shape[2]
-        past = self._past(
-            "decode", position, torch.arange(len(tokens), device=tokens.device)
-        )
-        past.prompt_mask = (
-            torch.arange(T, device=tokens.device)[None] < self.prompt_length[:, None]
-        )
-        past.mask = (
-            torch.arange(self.longest, device=tokens.device)[None] <= position
-        )[:, None, None]
-        places = self.prompt_length.repeat_interleave(self.group)[:, None] + position
-        with self.policy.autocast():
-            out = self.policy.model.model(
-                tokens[:, None], position_ids=places, use_cache=False, past=past
-            )
-            logits = self.policy.model.lm_head(out.last_hidden_state[:, 0])
-        self.length += active
+            logits = self.model.lm_head(out.last_hidden_state[:, 0])
+        for r in rows:
+            self.length[r] += 1
         return logits.float()
 
 
-def grow(pair: LayerKV, T: int) -> LayerKV:
-    """Buffers with room for T positions and the same content."""
-    return tuple(F.pad(x, (0, 0, 0, T - x.shape[2])) for x in pair)
+def reserve(buffers: list[LayerKV], T: int) -> None:
+    """Make room for T positions in buffers [..., T, D], and for some more, so that this is seldom done."""
+    more = T + 32 - buffers[0][0].shape[-2]
+    if more > 32:
+        for layer, pair in enumerate(buffers):
+            buffers[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
 
 
-def suffix_mask(
-    prompt_length, T_prompt: int, owner, position, span: int
-) -> torch.Tensor:
-    """[b, 1, T, T_prompt + span]: a token sees its prompt and its row's suffix up to its own position."""
-    device = position.device
-    prompt = (
-        torch.arange(T_prompt, device=device)[None] < prompt_length[owner, None]
-    )  # b, T_prompt
-    own = (
-        torch.arange(span, device=device)[None, None] <= position[..., None]
-    )  # b, T, span
-    return torch.cat([prompt[:, None].expand(-1, own.shape[1], -1), own], -1)[:, None]
+def length_bias(length: torch.Tensor, T: int, dtype: torch.dtype) -> torch.Tensor:
+    """[n, 1, T] for `length` of n entries: 0 for the first `length` positions of each, -inf after them."""
+    absent = torch.arange(T, device=length.device) >= length.reshape(-1, 1, 1)
+    return torch.zeros(absent.shape, dtype=dtype, device=length.device).masked_fill_(
+        absent, -torch.inf
+    )
 
 
 def sample_tokens(
-    logits: torch.Tensor, temperature: float, uniform: torch.Tensor
+    logits: torch.Tensor,
+    temperature: float,
+    uniform: torch.Tensor,
+    greedy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, V] logits to [B] tokens and [B] log-probabilities at `temperature`; 0 is greedy (log-probabilities at 1).
 
-    Inverse-CDF sampling from one uniform number a row, so that a row's tokens do not depend on its neighbours.
+    Rows in the [B] mask `greedy` take the likeliest token. Inverse-CDF sampling from one uniform number a row, so that a row's tokens do not depend on its neighbours.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
     if temperature == 0:
@@ -434,7 +486,28 @@ def sample_tokens(
             .squeeze(1)
             .clamp(max=logits.shape[1] - 1)
         )
+        if greedy is not None:
+            tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def complete(policy: Policy, prompts: list[list[int]], limit: int = 80) -> list[str]:
+    """Greedy continuations up to EOS or `limit` tokens, without what was thought before them."""
+    if not prompts:
+        return []
+    live = list(range(len(prompts)))
+    batch = RaggedBatch(policy, len(prompts), 1)
+    batch.prefill(live, prompts)
+    written = [[prompt[-1]] for prompt in prompts]
+    for _ in range(limit):
+        logits = batch.decode(live, [written[i][-1] for i in live])
+        for i, token in zip(live, logits.argmax(-1).tolist()):
+            written[i].append(token)
+        live = [i for i in live if written[i][-1] not in policy.eos]
+        if not live:
+            break
+    texts = (policy.tokenizer.decode(x[1:], skip_special_tokens=True) for x in written)
+    return [text.rpartition("</think>")[2].strip() for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -460,40 +533,21 @@ def token_logprobs(
     Each prompt's forward runs once and its keys and values are shared, with gradient, by its rows; the vocabulary
     projection runs at action positions only. The shift from logits to tokens happens here and nowhere else.
     """
-    device = policy.device
     assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
     prefixes = [p[:-1] for p in prompts]
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
+    _, shared = forward_packed(policy, policy.model, prefixes, [0] * len(prompts))
+    before = []  # layer, row: the keys and values of its prompt
+    for pair in shared:
+        by_prompt = list(zip(*(x.split(list(map(len, prefixes)), 1) for x in pair)))
+        before.append([[by_prompt[r.prompt]] for r in rows])
     starts = [len(prefixes[r.prompt]) for r in rows]
-    is_action = torch.tensor(
-        [m for r in rows for m in r.action_mask], device=device
-    ).bool()
-    targets = torch.tensor([t for r in rows for t in r.ids], device=device)[is_action]
-    longest = max(max(map(len, inputs)), max(map(len, prefixes)))
-    column = torch.arange(longest + max(map(len, prefixes)), device=device)
-    mask = column[None] <= column[:longest, None] + max(map(len, prefixes))
-    shared = Past("packed", lengths=[len(p) for p in prefixes], mask=mask)
-    suffix = Past(
-        "packed",
-        shared.prompts,
-        lengths=[len(i) for i in inputs],
-        owners=[r.prompt for r in rows],
-        mask=mask,
-    )
+    hidden, _ = forward_packed(policy, policy.model, inputs, starts, before)
+    mask = torch.tensor([m for r in rows for m in r.action_mask], device=policy.device)
+    ids = torch.tensor([t for r in rows for t in r.ids], device=policy.device)
+    chosen = mask.bool()
     with policy.autocast():
-        for past, ids, first in (
-            (shared, prefixes, [0] * len(prefixes)),
-            (suffix, inputs, starts),
-        ):
-            flat = torch.tensor([[t for s in ids for t in s]], device=device)
-            places = torch.cat(
-                [torch.arange(f, f + len(s), device=device) for f, s in zip(first, ids)]
-            )[None]
-            out = policy.model.model(
-                flat, position_ids=places, use_cache=False, past=past
-            )
-        hidden = out.last_hidden_state[0, is_action]  # N, C
-        return project(policy.model.lm_head, hidden, targets, temperature)
+        return project(policy.model.lm_head, hidden[chosen], ids[chosen], temperature)
 
 
 def project(
@@ -551,6 +605,36 @@ def micro_batches(prompts: list[list[int]], rows: list[TrainRow], micro_tokens: 
         yield part_prompts, part_rows
 
 
+class MuonAdamW:
+    """Muon for the weight matrices and AdamW for the rest behind one interface; used by the warm-up only."""
+
+    def __init__(self, model: torch.nn.Module, lr: float):
+        matrices, rest = [], []
+        for name, p in model.named_parameters():
+            vectors = p.ndim != 2 or "embed" in name or "lm_head" in name
+            (rest if vectors else matrices).append(p)
+        how = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        self.parts = [
+            torch.optim.Muon(matrices, lr, **how),
+            torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+
+
 # ------------------------------------------------------------------------------------------------------ the tiny agent
 
 TAGS = ("think", "tool_call", "observation", "answer")
@@ -573,7 +657,7 @@ def build_tiny_agent(
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from tokenizers import decoders as token_decoders
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(TINY_PIECES), "isolated")
@@ -624,7 +708,87 @@ def build_tiny_agent(
     return Policy(model.eval(), wrapped, torch.device("cpu"))
 
 
-def config_line(policy: Policy) -> str:
-    """Architecture and size in a few words."""
-    n = sum(p.numel() for p in policy.model.parameters())
-    return f"{json.loads(policy.model.config.to_json_string()).get('model_type')} {n / 1e6:.1f}M parameters"
+# -------------------------------------------------------------------------------------------------------------- memory
+
+QWEN3 = {  # hidden size, intermediate size, layers, heads, embeddings shared with the head
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, True),
+    "Qwen/Qwen3-4B-Instruct-2507": (2560, 9728, 36, 32, True),
+    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
+}
+PROMPT = 2500  # tokens of a long prompt
+# bytes saved for the backward pass by a token in a layer, for each unit of: width, heads, kv heads, inner size
+SAVED = (26, 14, 14, 8)
+
+
+def qwen3_config(name: str) -> PretrainedConfig:
+    """The configuration of a known model, without a download."""
+    width, inner, layers, heads, tied = QWEN3[name]
+    return Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+    )
+
+
+def memory_need(
+    config: PretrainedConfig,
+    n: int,
+    sharded: bool,
+    rows: int,
+    prompts: int,
+    new_tokens: int,
+    micro_tokens: int,
+    lora_rank: int = 0,
+    grad_checkpoint: bool = False,
+) -> dict[str, float]:
+    """GB (10^9 bytes) that each of `n` GPUs needs at most, by part; weights in fp32, computation in bf16, AdamW.
+
+    `prompts` of PROMPT tokens with `rows` answers of `new_tokens` are sampled at once, an update holds `micro_tokens`.
+    The peak is what stays plus the larger of sampling and update. Not counted: attention scores of short sequences, and
+    a prompt's keys and values, which each row's attention holds once more.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    size = sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    trained = lora_rank * sum(m.in_features + m.out_features for m in linear) or size
+    layers, width = config.num_hidden_layers, config.hidden_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    spare = 32  # columns of a buffer that grows (`reserve`)
+    cached = prompts * (PROMPT + spare) + rows * (new_tokens + spare)
+    units = (width, heads * head_dim, kv_heads * head_dim, config.intermediate_size)
+    saved = layers * sum(a * x for a, x in zip(SAVED, units, strict=True))
+    if grad_checkpoint:  # each layer's input, keys and values, and all of one layer
+        saved = saved // layers + layers * 4 * (width + kv_heads * head_dim)
+    split = n if sharded else 1
+    need = {
+        "weights": 4 * (size + trained * (trained < size)) / split,
+        "gradients": 4 * trained / split,
+        "Adam": 8 * trained / split,
+        "bf16 copy": 2 * size,
+        "keys, values": 2 * 2 * layers * kv_heads * head_dim * cached,
+        "activations": micro_tokens * saved,
+    }
+    need = {part: x / 1e9 for part, x in need.items()}
+    *stays, sampling, updating = need.values()
+    return need | {"peak": sum(stays) + max(sampling, updating)}
+
+
+def memory_table(need_of: Callable[[str, int, bool], dict]) -> str:
+    """All known model sizes: one GPU, 4 with data parallel, 4 with --shard; `need_of` calls memory_need."""
+    lines = []
+    for name in QWEN3:
+        for n, sharded in ((1, False), (4, False), (4, True)):
+            need = need_of(name, n, sharded)
+            how = f"{n} GPU" + "s" * (n > 1) + ", --shard" * sharded
+            cells = " | ".join(f"{x:.0f}" for x in need.values())
+            lines.append(f"| {name.partition('/')[2]} | {how} | {cells} |")
+    head = f"| model | GPUs | {' | '.join(need)} |"
+    return "\n".join([head, "|---" * (len(need) + 2) + "|", *lines])

@@ -5,16 +5,24 @@
 2. `pair_tasks`: each pair is asked in both directions, which of A and B is the user MORE, and LESS, likely to choose,
    in the same user context with the same tools; the positive is A in half of the questions of each direction.
 3. `pair_reward`: 1 if right, 0 if wrong, -1 if invalid; optimised with the estimator of grpo.py.
+4. `bound_gradient` instead minimises the bound of Prop. 2 itself. The paper does not say in which context: ours keeps the
+   calls and observations of each sampled trajectory and forces `<answer>\\boxed{` right after them, without a last
+   thought, which would name the answer. So this objective trains how evidence is read, not which calls are made.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from data import Sample
-from grpo import INVALID
+from grpo import INVALID, accumulate, my_share, over_ranks
+from model import Policy, TrainRow
 from rollout import Task, Trajectory
+
+DIRECTIONS = {"both": (True, False), "more": (True,), "less": (False,)}
+FORCED = "<answer>\\boxed{"
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,6 @@ class HardPair:
     positive: int
     negative: int
     rank: int | None  # of the positive when mined; None: not in the top k
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 def violation_pool(answer: list[int], positive: int) -> list[int]:
@@ -46,21 +51,17 @@ def mine(
     """
     pairs = []
     for t in trajectories:
-        positive = t.task.sample.target + 1
+        sample = t.task.sample
+        positive, everyone = sample.target + 1, range(1, len(sample.candidates) + 1)
         pool = violation_pool(t.answer, positive) if t.valid else []
         if not pool:
             continue
         rank = len(pool) + 1 if positive in t.answer else None
         if random_negatives:
-            pool = [
-                n for n in range(1, len(t.task.sample.candidates) + 1) if n != positive
-            ]
-        rng = np.random.default_rng([*seed, t.task.sample.id])
-        pairs.append(
-            HardPair(
-                t.task.sample.id, positive, int(pool[rng.integers(len(pool))]), rank
-            )
-        )
+            pool = [n for n in everyone if n != positive]
+        rng = np.random.default_rng([*seed, sample.id])
+        negative = int(pool[rng.integers(len(pool))])
+        pairs.append(HardPair(sample.id, positive, negative, rank))
     return pairs
 
 
@@ -73,15 +74,11 @@ def pair_tasks(
     """Eq. 4: for each pair the MORE and the LESS question, next to each other; A/B order balanced in each direction."""
     asked = {}
     for more in directions:
-        first = rng.permutation(
-            np.arange(len(pairs)) % 2 == 0
-        )  # is the positive shown as A?
+        # is the positive shown as A?
+        first = rng.permutation(np.arange(len(pairs)) % 2 == 0)
         for i, pair in enumerate(pairs):
-            order = (
-                (pair.positive, pair.negative)
-                if first[i]
-                else (pair.negative, pair.positive)
-            )
+            order = (pair.positive, pair.negative)
+            order = order if first[i] else order[::-1]
             asked[i, more] = Task(samples[pair.sample], order, more)
     return [asked[i, more] for i in range(len(pairs)) for more in directions]
 
@@ -102,3 +99,41 @@ def pair_reward(t: Trajectory) -> float:
 def bidirectional_loss(delta: torch.Tensor) -> torch.Tensor:
     """-log P_pos - log P_neg = 2 log(1 + e^-delta) for delta = s(c+) - s(c-); at least 2 log 2 * 1[delta < 0] (Prop. 2)."""
     return 2 * torch.nn.functional.softplus(-delta)
+
+
+def letter_rows(policy: Policy, t: Trajectory, prompt: int) -> list[TrainRow]:
+    """The evidence of a trajectory followed by the right and by the wrong letter, the only action token."""
+    end = max((i for i, m in enumerate(t.action_mask, 1) if not m), default=0)
+    head = t.ids[:end] + policy.encode(FORCED)
+    right = target_letter(t.task)
+    letters = (right, "B" if right == "A" else "A")
+    mask = [0] * len(head) + [1]
+    return [TrainRow(prompt, head + policy.encode(x)[-1:], mask) for x in letters]
+
+
+def bound_gradient(
+    policy: Policy,
+    groups: list[list[Trajectory]],
+    micro_tokens: int = 16_384,
+    score: Callable | None = None,
+) -> dict[str, float]:
+    """Accumulate the gradient of Prop. 2's bound, its mean over pairs and trajectories, into `.grad`; returns metrics.
+
+    delta = log p(right letter) - log p(wrong letter) estimates s(c+) - s(c-), so that a MORE question contributes
+    -log P_pos = log(1 + e^-delta) and a LESS question -log P_neg. Two passes: the first finds every delta, the second
+    accumulates d log(1 + e^-delta) = -sigmoid(-delta) d delta.
+    """
+    n_pairs = len({(g[0].task.sample.id, frozenset(g[0].task.pair)) for g in groups})
+    rows = []
+    for p in my_share([sum(len(t.ids) for t in g) for g in groups]):
+        rows += [row for t in groups[p] for row in letter_rows(policy, t, p)]
+    prompts = [g[0].prompt for g in groups]
+    how = {"micro_tokens": micro_tokens, "score": score}
+    logprobs, _ = accumulate(policy, prompts, rows, None, **how)
+    delta = logprobs[0::2] - logprobs[1::2]
+    push = torch.sigmoid(-delta)
+    weights = torch.stack([push, -push], 1).flatten().tolist()
+    accumulate(policy, prompts, rows, weights, n_pairs * len(groups[0]), **how)
+    sums = [len(delta), (delta > 0).sum(), bidirectional_loss(delta).sum() / 2]
+    n, right, loss = over_ranks([float(x) for x in sums])
+    return {"pair_accuracy": right / n, "bound": loss / (n_pairs * len(groups[0]))}

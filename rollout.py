@@ -10,6 +10,7 @@ One trajectory: <think>...</think><tool_call>{"name": ..., "arguments": {...}}</
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,9 +20,11 @@ import torch
 from data import Sample, history
 from model import ModelError, Policy, RaggedBatch, sample_tokens
 from tools import (
+    MAX_OBSERVATION,
     TOOLS,
     Call,
     Context,
+    Observation,
     ToolError,
     clip_observation,
     digits,
@@ -62,6 +65,7 @@ class Trajectory:
     logprobs: list[float] = field(
         default_factory=list
     )  # of sampled tokens when sampled, 0 elsewhere
+    greedy: set[int] = field(default_factory=set)  # places of tokens without chance
     calls: list[Call] = field(default_factory=list)
     answer: list[int] | str | None = (
         None  # ranked candidate numbers, or "A" / "B"; None: no valid answer
@@ -69,6 +73,12 @@ class Trajectory:
     malformed: bool = False  # a call that could not be read, or an unknown tool
     end: str = ""  # answer, invalid, eos, budget, length
     reward: float = 0.0
+    tool_seconds: float = 0.0  # spent in the tools, for eval.py
+
+    @property
+    def chance_mask(self) -> list[int]:
+        """1 for actions drawn at random: a token that is always the likeliest has no policy gradient."""
+        return [m * (i not in self.greedy) for i, m in enumerate(self.action_mask)]
 
     @property
     def valid(self) -> bool:
@@ -79,32 +89,48 @@ class Trajectory:
 # -------------------------------------------------------------------------------------------------------------- prompt
 
 
-def system_prompt(tools: tuple[str, ...], k: int) -> str:
+def trained_tools(flags: dict) -> tuple[str, ...]:
+    """The tools that a run's flags leave to the agent, in training and in its evaluation."""
+    none = flags.get("no_tools") or flags.get("tools") is False
+    off = ALL_TOOLS if none else flags.get("without_tool") or ()
+    return tuple(name for name in ALL_TOOLS if name not in off)
+
+
+HOW = {  # what each strategy's system prompt says of the way to the answer
+    "react": f"""First think inside <think></think>. You may then call one tool with
+<tool_call>{{"name": "...", "arguments": {{...}}}}</tool_call> and will read its <observation></observation>;
+repeat as needed, at most {MAX_CALLS} calls. Tools end with every candidate's score as number:score, 0 to 9.""",
+    "plan-first": """First plan all the calls that help, each tool at most once, as one list (the input is "" if a tool takes none):
+<tool_call>[{"tool_name": "...", "input": "..."}, ...]</tool_call>. Tools run in the order shown below, each shortens
+or sorts the list of candidates, and you read the <observation></observation>. After your ranking you are its critic:
+write <answer>Yes</answer> if it fits the user, or <answer>No, because ...</answer>; then you plan again.""",
+}
+HOW["self-inspiring"] = f"""{HOW["react"]}
+After a step you are asked for another thought on it: write that and its call, or <answer>No</answer>. Both stay."""
+
+
+def system_prompt(tools: tuple[str, ...], k: int, strategy: str = "react") -> str:
     """Task, format and tool schemas, for chat models (the tiny agent's template leaves it out)."""
     lines = [
-        "You are a recommender. Given a user's recent purchases and 20 numbered candidates, find what the user buys next.",
-        "First think inside <think></think>. You may then call one tool with",
-        '<tool_call>{"name": "...", "arguments": {...}}</tool_call> and will read its <observation></observation>;',
-        f"repeat as needed, at most {MAX_CALLS} calls. Tools end with every candidate's score as number:score, 0 to 9.",
+        "You are a recommender. Given a user's purchases, latest first, and 20 numbered candidates, find what the user buys next.",
+        HOW[strategy],
         f"Finish with the {k} best candidates, best first: <answer>\\boxed{{[8,3,15,...]}}</answer>, or, if asked about",
         "two options, with <answer>\\boxed{A}</answer> or <answer>\\boxed{B}</answer>.",
     ]
     schemas = [json.dumps(TOOLS[name].schema()) for name in tools]
-    return "\n".join(
-        lines
-        + (
-            ["Tools:", *schemas]
-            if schemas
-            else ["There are no tools: think, then answer."]
-        )
+    lines += (
+        ["Tools:", *schemas] if schemas else ["There are no tools: think, then answer."]
     )
+    return "\n".join(lines)
 
 
 def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
-    """History with ratings, oldest first, the numbered candidates, and the question."""
+    """History with ratings, latest first, the numbered candidates, and the question."""
     rows = history(ctx.ds, task.sample)
     lines = ["History:"]
-    lines += [f"{ctx.title(ctx.ds.item[r])} ({ctx.ds.rating[r]:.0f})" for r in rows]
+    lines += [
+        f"{ctx.title(ctx.ds.item[r])} ({ctx.ds.rating[r]:.0f})" for r in rows[::-1]
+    ]
     lines += ["Candidates:"]
     lines += [f"{n}. {ctx.title(c)}" for n, c in enumerate(task.sample.candidates, 1)]
     if not tools:
@@ -120,10 +146,11 @@ def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
 
 
 def build_prompt(
-    policy: Policy, ctx: Context, task: Task, tools: tuple[str, ...], k: int
+    policy: Policy, ctx: Context, task: Task, tools: tuple, k: int, strategy="react"
 ) -> list[int]:
     """Prompt ids through the model's own chat template; a template without a system role gets it in the user turn."""
-    system, user = system_prompt(tools, k), policy.defuse(user_prompt(ctx, task, tools))
+    system = system_prompt(tools, k, strategy)
+    user = policy.defuse(user_prompt(ctx, task, tools))
     apply = policy.tokenizer.apply_chat_template
     messages = [
         {"role": "system", "content": system},
@@ -140,6 +167,22 @@ def build_prompt(
             add_generation_prompt=True,
         )
     return policy.encode(text)
+
+
+REQUEST = (
+    "These are a user's purchases, oldest first, each with its rating from 1 to 5. Describe the user's "
+    "long-term taste in two short sentences: brands, categories, price. Write nothing else."
+)
+
+
+def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
+    """Ids of the request with the user's last 50 interactions before the sample."""
+    rows, ds = history(ctx.ds, sample, 50), ctx.ds
+    lines = [f"{ctx.title(ds.item[r])} ({ds.rating[r]:.0f})" for r in rows]
+    content = policy.defuse("\n".join([REQUEST, *lines]))
+    apply = policy.tokenizer.apply_chat_template
+    message = [{"role": "user", "content": content}]
+    return policy.encode(apply(message, tokenize=False, add_generation_prompt=True))
 
 
 # ------------------------------------------------------------------------------------------------- reading what it wrote
@@ -187,22 +230,142 @@ def parse_answer(turn: str, task: Task, k: int) -> list[int] | str | None:
     return numbers if ok else None
 
 
+def call_text(turn: str) -> str:
+    """The inside of a turn's only tool call outside its thoughts; ToolError if there is none."""
+    outside = without_thoughts(turn)
+    inside = between(outside, "tool_call") if outside is not None else None
+    if inside is None:
+        raise ToolError(
+            "write <think>...</think> and then one <tool_call>{...}</tool_call>"
+        )
+    return inside
+
+
+def run(ctx: Context, t: Trajectory, call: Call) -> Observation:
+    """Run a call and note it."""
+    t.calls.append(call)
+    began = time.perf_counter()
+    found = run_call(ctx, t.task.sample, call)
+    t.tool_seconds += time.perf_counter() - began
+    return found
+
+
 def act(ctx: Context, trajectory: Trajectory, turn: str, tools: tuple[str, ...]) -> str:
     """Run the call in a turn that ended with </tool_call> and return what is observed."""
     try:
-        outside = without_thoughts(turn)
-        inside = between(outside, "tool_call") if outside is not None else None
-        if inside is None:
-            raise ToolError(
-                "write <think>...</think> and then one <tool_call>{...}</tool_call>"
-            )
-        call = parse_call(inside, tools)
-        trajectory.calls.append(call)
-        text = run_call(ctx, trajectory.task.sample, call).render()
+        return run(ctx, trajectory, parse_call(call_text(turn), tools)).render()
     except ToolError as e:
         trajectory.malformed |= e.malformed
-        text = f"error: {e}"
-    return text
+        return f"error: {e}"
+
+
+# ---------------------------------------------------------------------------------------------------------- strategies
+#
+# A strategy reads a turn that ended with a stop tag and returns what the environment writes next, or None once it has
+# set why the trajectory ends. All but `react` are prompted, not trained (PAPER.md, the training-free agents).
+
+MAX_REFLECTIONS = 3
+RANKERS = ("get_similar_items", "get_similar_users")  # other tools are filters
+CRITIC = "Critic: does this ranking fit the user? Answer Yes, or No, because ..."
+ANOTHER = "Would another thought help here? Write it with its call, or answer No."
+GO_ON = "Go on with the next step, or finish."
+
+
+def react(ctx, row, stop: str, turn: str, tools: tuple, k: int) -> str | None:
+    """Think, call, observe; the first answer is final."""
+    t = row.trajectory
+    if stop == "</tool_call>":
+        return act(ctx, t, turn, tools)
+    t.answer = parse_answer(turn, t.task, k)
+    t.end = "answer" if t.answer is not None else "invalid"
+    return None
+
+
+def self_inspiring(ctx, row, stop, turn, tools, k) -> str | None:
+    """RecMind: after each step the model is asked for another thought on it; that branch runs too, and both stay."""
+    branch, row.stage = row.stage == "branch", ""
+    ranked = parse_answer(turn, row.trajectory.task, k) is not None
+    if branch and stop == "</answer>" and not ranked:  # "No": no other thought
+        return GO_ON
+    text = react(ctx, row, stop, turn, tools, k)
+    if text is None:
+        return None
+    row.stage = "" if branch else "branch"
+    question = f"Both ways stay. {GO_ON}" if branch else ANOTHER
+    return f"{text[: MAX_OBSERVATION - len(question) - 1]}\n{question}"
+
+
+def plan_first(ctx, row, stop, turn, tools, k) -> str | None:
+    """InteRecAgent: a whole plan is run over the candidate buffer, then a ranking, then a critic: "No" asks for another
+    try, at most MAX_REFLECTIONS times; anything else lets the ranking stand."""
+    t = row.trajectory
+    if row.stage == "critic":
+        reply = between(without_thoughts(turn) or "", "answer") or ""
+        if not reply.strip().casefold().startswith("no"):
+            t.end = "answer"
+            return None
+        row.stage, row.reflections = "", row.reflections + 1
+        return f"Reflection {row.reflections} of {MAX_REFLECTIONS}: plan again."
+    if stop == "</tool_call>" and row.stage == "ranking":
+        return "The plan has run: rank now."
+    if stop == "</tool_call>":
+        return follow_plan(ctx, row, turn, tools, k)
+    react(ctx, row, stop, turn, tools, k)
+    if t.end == "answer" and row.reflections < MAX_REFLECTIONS:
+        t.end, row.stage = "", "critic"
+        return CRITIC
+    return None
+
+
+def follow_plan(ctx, row, turn, tools, k) -> str:
+    """Run a plan over a buffer of all candidates: rankers sort it by their scores, other tools that rate candidates
+    drop the lowest quarter as long as k remain. Observed: what each tool says, and the buffer that is left."""
+    t = row.trajectory
+    try:
+        plan = parse_plan(call_text(turn), tools)
+    except ToolError as e:
+        t.malformed |= e.malformed
+        return f"error: {e}"
+    row.stage = "ranking"
+    buffer = np.array(t.task.pair or range(1, len(t.task.sample.candidates) + 1))
+    lines = []
+    for call in plan[: max(0, MAX_CALLS - len(t.calls))]:
+        try:
+            found = run(ctx, t, call)
+        except ToolError as e:
+            found = Observation(f"error: {e}")
+        if found.scores is not None:
+            order = np.argsort(-digits(found.scores)[buffer - 1], kind="stable")
+            if call.name not in RANKERS:
+                order = np.sort(order[: max(k, len(order) * 3 // 4)])
+            buffer = buffer[order]
+        lines.append(f"{call.name}, {len(buffer)} left: {found.text[:70]}")
+    left = " ".join(map(str, buffer))
+    return "\n".join([*lines, f"Candidates left: {left}", "Rank now."])
+
+
+def parse_plan(text: str, tools: tuple[str, ...]) -> list[Call]:
+    """The calls of [{"tool_name": ..., "input": ...}, ...] in the tools' own order; ToolError says what is wrong."""
+    try:
+        steps = [(step["tool_name"], step.get("input")) for step in json.loads(text)]
+    except (ValueError, RecursionError, TypeError, KeyError) as e:
+        raise ToolError('a plan is [{"tool_name": ..., "input": ...}, ...]') from e
+    calls = {}
+    for name, given in steps:
+        if name not in tools or name in calls:
+            raise ToolError(f"plan each tool at most once, of {', '.join(tools)}")
+        argument = TOOLS[name].argument
+        arguments = {argument: given if isinstance(given, str) else None}
+        call = {"name": name, "arguments": arguments if argument else {}}
+        calls[name] = parse_call(json.dumps(call), tools)
+    return [calls[name] for name in tools if name in calls]
+
+
+STRATEGIES = {
+    "react": react,
+    "plan-first": plan_first,
+    "self-inspiring": self_inspiring,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -218,6 +381,9 @@ class Row:
     tail: str = ""  # the last characters of this turn, to look for stop tags in
     turn_start: int = 0  # where this turn's ids begin
     attempts: int = 0  # calls asked for, malformed ones included
+    answering: bool = False  # whether this turn has opened its answer
+    stage: str = ""  # what a strategy other than react expects next
+    reflections: int = 0  # of plan-first's critic
 
 
 @dataclass
@@ -230,11 +396,13 @@ class Rollout:
     group_size: int
     k: int
     temperature: float
+    greedy_answer: bool
     max_new_tokens: int
     seed: tuple[int, ...]
     tools: tuple[str, ...]
     slots: int
     progress: Callable[[list[Trajectory]], None] | None
+    strategy: str = "react"
 
     def __post_init__(self):
         self.slots = min(self.slots, len(self.tasks))
@@ -247,7 +415,7 @@ class Rollout:
         self.slot_task: list[int | None] = [None] * self.slots
 
     def run(self) -> list[list[Trajectory]]:
-        """Refill slots, feed observations once half of the rows wait for one, else decode a token; until done."""
+        """Refill slots, feed observations once a quarter of the rows wait for one, else decode a token; until done."""
         while True:
             self.refill()
             alive = [
@@ -256,7 +424,7 @@ class Rollout:
             if not alive:
                 return self.done
             observing = [i for i in alive if len(self.rows[i].pending) > 1]
-            if 2 * len(observing) >= len(alive):
+            if 4 * len(observing) >= len(alive):
                 self.batch.extend(
                     observing, [self.rows[i].pending[:-1] for i in observing]
                 )
@@ -283,7 +451,8 @@ class Rollout:
                 self.slot_task[slot] = self.waiting.pop()
         for slot in free:
             task = self.tasks[self.slot_task[slot]]
-            prompt = build_prompt(self.policy, self.ctx, task, self.tools, self.k)
+            how = (self.tools, self.k, self.strategy)
+            prompt = build_prompt(self.policy, self.ctx, task, *how)
             check_context(self.policy, len(prompt), self.max_new_tokens)
             prompts.append(prompt)
             for g in range(G):
@@ -297,60 +466,56 @@ class Rollout:
 
     def decode(self, ready: list[int]) -> None:
         """Sample one token for each row in `ready`."""
-        tokens = torch.zeros(len(self.rows), dtype=torch.long)
-        uniform, active = (
-            torch.zeros(len(self.rows)),
-            torch.zeros(len(self.rows), dtype=torch.bool),
-        )
-        tokens[ready] = torch.tensor([self.rows[i].pending[0] for i in ready])
-        drawn = [self.rows[i].uniform[len(self.rows[i].trajectory.ids)] for i in ready]
-        uniform[ready], active[ready] = (
-            torch.tensor(np.array(drawn), dtype=torch.float32),
-            True,
-        )
-        device = self.policy.device
-        logits = self.batch.decode(tokens.to(device), active.to(device))
-        sampled, logprobs = sample_tokens(logits, self.temperature, uniform.to(device))
-        sampled, logprobs = sampled.tolist(), logprobs.tolist()
-        for i in ready:
-            self.take(self.rows[i], sampled[i], logprobs[i])
+        live = [self.rows[i] for i in ready]
+        logits = self.batch.decode(ready, [row.pending[0] for row in live])
+        drawn = np.array([row.uniform[len(row.trajectory.ids)] for row in live])
+        uniform = torch.tensor(drawn, dtype=torch.float32, device=logits.device)
+        certain = [self.greedy_answer and row.answering for row in live]
+        greedy = torch.tensor(certain, device=logits.device)
+        sampled, logprobs = sample_tokens(logits, self.temperature, uniform, greedy)
+        for row, token, logprob in zip(live, sampled.tolist(), logprobs.tolist()):
+            self.take(row, token, logprob)
 
     def take(self, row: Row, token: int, logprob: float) -> None:
         """Append one sampled token; at a stop tag run the call or read the answer."""
         t = row.trajectory
+        if self.greedy_answer and row.answering:
+            t.greedy.add(len(t.ids))
         t.ids.append(token)
         t.action_mask.append(1)
         t.logprobs.append(logprob)
         row.pending = [token]
         row.tail = (row.tail + self.policy.piece(token))[-32:]
+        row.answering |= "<answer>" in row.tail
         stop = next((s for s in STOPS if s in row.tail), None)
-        if stop == "</answer>":
-            t.answer = parse_answer(
-                self.policy.decode(t.ids[row.turn_start :]), t.task, self.k
-            )
-            t.end = "answer" if t.answer is not None else "invalid"
-        elif stop:
-            self.call(row)
+        if stop:
+            self.respond(row, stop)
         elif token in self.policy.eos:
             t.end = "eos"
         if not t.end and len(t.ids) >= self.max_new_tokens:
             t.end = "length"
+        if t.end and t.answer is not None:
+            t.end = "answer"  # even if a critic still had the word
 
-    def call(self, row: Row) -> None:
-        """Run the call that a turn ended with and queue its observation, within the budget and the length limit."""
+    def respond(self, row: Row, stop: str) -> None:
+        """Let the strategy read the turn that `stop` ended; queue what it writes, within the budget and the length limit."""
         t = row.trajectory
-        row.attempts += 1
+        row.attempts += stop == "</tool_call>"
         if row.attempts > MAX_CALLS:
             t.end = "budget"
             return
         turn = self.policy.decode(t.ids[row.turn_start :])
-        observation = observe(self.policy, act(self.ctx, t, turn, self.tools))
+        respond = STRATEGIES[self.strategy]
+        text = respond(self.ctx, row, stop, turn, self.tools, self.k)
+        if text is None:
+            return
+        observation = observe(self.policy, text)
         if len(t.ids) + len(observation) >= self.max_new_tokens:
             t.end = "length"
             return
         append_observation(t, observation)
         row.pending += observation
-        row.tail, row.turn_start = "", len(t.ids)
+        row.tail, row.turn_start, row.answering = "", len(t.ids), False
 
 
 def rollout(
@@ -361,21 +526,25 @@ def rollout(
     group_size: int,
     k: int = 10,
     temperature: float = 1.0,
+    greedy_answer: bool = False,
     max_new_tokens: int = 512,
     seed: tuple[int, ...] = (0,),
     tools: tuple[str, ...] = ALL_TOOLS,
     slots: int = 16,
     progress: Callable[[list[Trajectory]], None] | None = None,
+    strategy: str = "react",
 ) -> list[list[Trajectory]]:
     """Sample `group_size` trajectories for each task; the result has a list for each task, in order.
 
     Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at
     once (`progress` is told of it). Each row draws from a generator seeded with (*seed, *task.key, index in the
-    group): its tokens do not depend on who shares the batch. `temperature` 0 is greedy. `max_new_tokens` bounds a
-    whole trajectory, observations included. ModelError if a prompt does not fit the model's context.
+    group): its tokens do not depend on who shares the batch. `temperature` 0 is greedy, and with `greedy_answer` what
+    follows <answer> always is. `max_new_tokens` bounds a whole trajectory, observations included. `strategy` is one of
+    STRATEGIES. ModelError if a prompt does not fit the model's context.
     """
-    limits = (group_size, k, temperature, max_new_tokens, seed, tools, slots, progress)
-    return Rollout(policy, ctx, tasks, *limits).run()
+    sampling = (group_size, k, temperature, greedy_answer, max_new_tokens, seed)
+    live = Rollout(policy, ctx, tasks, *sampling, tools, slots, progress, strategy)
+    return live.run()
 
 
 def check_context(policy: Policy, prompt: int, new: int) -> None:
@@ -424,61 +593,71 @@ def demonstrate(
     k: int,
     rng: np.random.Generator,
     max_calls: int = 4,
+    hasty: bool = False,
+    allowed: tuple[str, ...] = ALL_TOOLS,
 ) -> Trajectory:
-    """A scripted trajectory for the warm-up: random tools, random trust in each, an answer that follows exactly.
+    """A scripted trajectory for the warm-up: random `allowed` tools, random trust in each, an answer that follows exactly.
 
     The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
-    trust x digit over the observations. Which tools and how much trust pay is left to learning.
+    trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
+    to learning. `hasty` ones stop before each call with probability 1/2, others call 0 to `max_calls` tools. Whatever follows from these choices is always the same: chance there would only be noise to learn.
     """
-    tools = () if rng.random() < 0.04 and not task.pair else ALL_TOOLS
+    tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
-    names = rng.permutation(
-        [n for n in ALL_TOOLS if rng.random() < 0.15 or n != "item_info_search"]
-    )
+    n_calls = rng.geometric(0.5) - 1 if hasty else rng.integers(max_calls + 1)
+    names = rng.permutation(allowed)[: n_calls if tools else 0]
+    if rng.random() < 0.1:  # some tools are asked twice
+        names = rng.choice(allowed, len(names))
     past = ctx.ds.item[history(ctx.ds, task.sample)]
-    total = np.zeros(len(task.sample.candidates))
-    for name in names[: rng.integers(1, max_calls + 1) if tools else 0]:
+    n_candidates = len(task.sample.candidates)
+    total, first = np.zeros(n_candidates, int), np.arange(n_candidates)
+    for name in map(str, names):
         trust = str(rng.choice(list(TRUST)))
-        item = (
-            rng.choice(task.sample.candidates)
-            if name == "item_info_search"
-            else past[-1]
-        )
-        if rng.random() < 0.15 and name == "get_similar_items":
-            item = rng.choice(past)
+        leader = first[np.argmax(total[first])]
+        items = {
+            "item_info_search": task.sample.candidates[leader],
+            "get_similar_items": past[-1],
+        }
         argument = TOOLS[name].argument
-        call = Call(str(name), {argument: ctx.title(int(item))} if argument else {})
+        title = ctx.title(int(items[name])) if argument else ""
+        if rng.random() < 0.04:  # a slip, so that errors are nothing new
+            title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
+        call = Call(name, {argument: title} if argument else {})
         thought = TOPIC[name] + (f": {trust}" if name != "item_info_search" else "")
         write(
             policy,
             t,
             f"<think>{thought}</think><tool_call>{json.dumps(call.__dict__)}</tool_call>",
         )
-        t.calls.append(call)
-        observation = run_call(ctx, task.sample, call)
+        try:
+            observation = run_call(ctx, task.sample, call)
+        except ToolError as e:
+            observation = Observation(f"error: {e}")
         append_observation(t, observe(policy, observation.render()))
+        t.calls.append(call)
         if observation.scores is not None:
-            total += TRUST[trust] * digits(observation.scores)
-    if len(t.calls) != 1:  # one list is copied in its order; otherwise ties are random
-        total = total + 0.5 * rng.random(len(total))
-    ranking = (np.argsort(-total, kind="stable") + 1).tolist()
+            shown = digits(observation.scores)
+            if not total.any():
+                first = np.argsort(-shown, kind="stable")
+            total += TRUST[trust] * shown
+    ranking = (first[np.argsort(-total[first], kind="stable")] + 1).tolist()
+    conclude(policy, t, ranking, k)
+    return t
+
+
+def conclude(policy: Policy, t: Trajectory, ranking: list[int], k: int) -> None:
+    """Write the answer that follows from a ranking of all candidates: its top k, or the letter asked for."""
+    task = t.task
     if task.pair:
         first = min(task.pair, key=ranking.index)
         second = task.pair[0] + task.pair[1] - first
-        letter = "AB"[task.pair.index(first if task.more else second)]
-        write(
-            policy,
-            t,
-            f"<think>{first} over {second}</think><answer>\\boxed{{{letter}}}</answer>",
-        )
-        t.answer = letter
+        t.answer = "AB"[task.pair.index(first if task.more else second)]
+        thought, boxed = f"<think>{first} over {second}</think>", t.answer
     else:
         t.answer = ranking[:k]
-        write(
-            policy, t, f"<answer>\\boxed{{[{','.join(map(str, t.answer))}]}}</answer>"
-        )
+        thought, boxed = "", f"[{','.join(map(str, t.answer))}]"
+    write(policy, t, f"{thought}<answer>\\boxed{{{boxed}}}</answer>")
     t.end = "answer"
-    return t
 
 
 def write(policy: Policy, t: Trajectory, text: str) -> None:
@@ -487,3 +666,30 @@ def write(policy: Policy, t: Trajectory, text: str) -> None:
     t.ids += ids
     t.action_mask += [1] * len(ids)
     t.logprobs += [0.0] * len(ids)
+
+
+class TextCollector:
+    """Stands in for a Policy in `demonstrate` to gather the texts that the tiny agent's tokenizer is trained on."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+        self.tokenizer = self
+
+    def apply_chat_template(self, messages, **_) -> str:
+        return messages[-1]["content"]
+
+    def defuse(self, text: str) -> str:
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        self.texts.append(text)
+        return []
+
+
+def demonstration_texts(ctx: Context, samples: list[Sample], k: int) -> list[str]:
+    """Prompts, actions and observations of one demonstration a sample, every fourth about a pair."""
+    collector, rng = TextCollector(), np.random.default_rng(0)
+    for i, sample in enumerate(samples):
+        task = Task(sample, (3, 5) if i % 4 == 0 else None, i % 8 == 0)
+        demonstrate(collector, ctx, task, k, rng, max_calls=6)
+    return collector.texts

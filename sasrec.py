@@ -90,6 +90,26 @@ class SASRec(nn.Module):
         return out
 
     @torch.no_grad()
+    def all_states(self, sequences: list[np.ndarray]) -> torch.Tensor:
+        """[total length, C] states after every item of every sequence, sequence by sequence."""
+        lengths = np.array([len(s) for s in sequences])
+        starts = np.cumsum(lengths) - lengths
+        out = torch.empty(int(lengths.sum()), self.items.embedding_dim)
+        order = np.argsort(lengths, kind="stable")  # like lengths need little padding
+        for a in range(0, len(order), 512):
+            rows = order[a : a + 512]
+            h = self(pad([sequences[i][:MAX_LEN] for i in rows]))
+            steps = np.arange(h.shape[1])
+            there = torch.from_numpy(steps < lengths[rows, None])
+            out[torch.from_numpy(starts[rows, None] + steps)[there]] = h[there]
+        late = [(i, j) for i in order for j in range(MAX_LEN, lengths[i])]
+        for a in range(0, len(late), 8192):  # later items see a window of their own
+            part = late[a : a + 8192]
+            windows = [sequences[i][j + 1 - MAX_LEN : j + 1] for i, j in part]
+            out[[int(starts[i]) + j for i, j in part]] = self.states(windows)
+        return out
+
+    @torch.no_grad()
     def scores(self, states: torch.Tensor) -> torch.Tensor:
         """[n, C] states to [n, items] scores of every item as the next one."""
         return states @ self.items.weight[1:].T

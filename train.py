@@ -4,12 +4,18 @@
     python train.py --dataset office --preset paper       # Qwen3-4B-Instruct-2507 with the paper's settings (GPU)
     python train.py --stage warmup --out runs/agent       # builds a tiny agent like assets/tiny-agent
     python train.py --resume runs/NAME                    # continues exactly where it stopped
+    torchrun --nproc_per_node 4 train.py ... [--shard]    # data parallel, also with --resume and another number
 
-All randomness is seeded from integers (seed, stage, step, sample), so resuming needs weights, optimizer and a counter.
-A run folder holds config.json, metrics.jsonl, trajectories.jsonl, hard_pairs.jsonl, rta/, ppr/, last/, eval.json, report.html.
+`grpo_step` is the method. All randomness is seeded from integers (seed, stage, step, sample), so resuming needs weights,
+optimizer and a counter. A run folder holds config.json, metrics.jsonl, trajectories.jsonl, hard_pairs.jsonl, rta/, ppr/,
+last/, eval.json, report.html.
 """
 
 import argparse
+import contextlib
+import copy
+import datetime
+import functools
 import json
 import math
 import os
@@ -19,81 +25,133 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from data import Dataset, DatasetError, Sample, load_dataset
+from data import Dataset, DatasetError, Sample, load_dataset, run_main
 from grpo import (
     Objective,
+    accumulate,
+    gather_list,
     group_advantages,
     list_reward,
+    my_share,
+    over_ranks,
     policy_gradient,
+    ranks,
     rollout_metrics,
 )
 from model import (
+    QWEN3,
     ModelError,
+    MuonAdamW,
     Policy,
     TrainRow,
+    add_lora,
     build_tiny_agent,
-    config_line,
+    checkpoint_layers,
+    complete,
     load_policy,
-    micro_batches,
+    memory_need,
+    memory_table,
+    qwen3_config,
     save_policy,
     token_logprobs,
 )
-from ppr import HardPair, mine, pair_reward, pair_tasks
-from rollout import Task, demonstrate, rollout
+from ppr import DIRECTIONS, HardPair, bound_gradient, mine, pair_reward, pair_tasks
+from rollout import (
+    ALL_TOOLS,
+    Task,
+    Trajectory,
+    demonstrate,
+    demonstration_texts,
+    profile_prompt,
+    rollout,
+    trained_tools,
+)
 from sasrec import load_sasrec, save_sasrec, train_sasrec
-from tools import Context
+from tools import PROFILES, Context, read_profiles
+
+try:
+    import fcntl
+except ImportError:  # Windows: a run folder is not locked there
+    fcntl = None
 
 HERE = pathlib.Path(__file__).parent
-STAGES = {
-    "all": ("warmup", "rta", "ppr"),
-    "warmup": ("warmup",),
-    "rta": ("rta",),
-    "ppr": ("ppr",),
-}
+LOCK = ".lock"  # of a run folder, held while a run writes there
+LOGS = ("metrics.jsonl", "trajectories.jsonl")
+STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
-PRESETS = {  # the one source of each setting; `paper` holds what PAPER.md reports
-    "tiny": {
-        "model": "assets/tiny-agent",
-        "lr": 1.5e-4,
-        "ppr_lr": 5e-5,
-        "list_share": 0.5,
-        "batch": 12,
-        "group_size": 8,
-        "steps": 40,
-        "ppr_steps": 12,
-        "mine_samples": 320,
-        "temperature": 0.6,
-        "max_new_tokens": 640,
-        "warmup_steps": 0,
-        "warmup_lr": 2e-3,
-        "dtype": "auto",
-        "micro_tokens": 16_384,
-    },
-    "paper": {
-        "model": "Qwen/Qwen3-4B-Instruct-2507",
-        "lr": 1e-6,
-        "ppr_lr": 1e-6,
-        "list_share": 0.0,
-        "batch": 64,
-        "group_size": 8,
-        "epochs": 3,
-        "ppr_epochs": 1,
-        "temperature": 0.6,
-        "max_new_tokens": 6144,
-        "warmup_steps": 0,
-        "warmup_lr": 1e-6,
-        "dtype": "bfloat16",
-        "micro_tokens": 32_768,
-    },
-}
+PRESETS = ("tiny", "paper")
+MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
+DTYPES = ("auto", "float32", "bfloat16")
+FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and paper), help
+    "what to run",
+    ("dataset", str, "office", "office (bundled or prepared), office-sim, or a name"),
+    ("data-dir", str, None, "folder with items.jsonl and interactions.csv"),
+    ("stage", ("all", *STAGES), "all", "which stages to run"),
+    ("preset", PRESETS, "tiny", "tiny: bundled agent; paper: Qwen3-4B"),
+    ("model", str, MODELS, "Hugging Face folder or hub id"),
+    ("out", str, None, "run folder (default runs/DATASET-SEED)"),
+    ("overwrite", bool, False, "replace an existing run folder"),
+    ("resume", str, None, "continue this run folder with its own flags"),
+    "training",
+    ("steps", int, (50, None), "steps of stage 1"),
+    ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
+    ("ppr-steps", int, (12, None), "steps of stage 2"),
+    ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
+    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1"),
+    ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
+    ("lr", float, (2e-4, 1e-6), "learning rate"),
+    ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
+    ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
+    ("batch", int, (12, 64), "prompts a step"),
+    ("group-size", int, (8, 8), "trajectories a prompt, G"),
+    ("temperature", float, (0.6, 0.6), "of sampling"),
+    ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
+    ("max-new-tokens", int, (640, 6144), "of a trajectory with its observations"),
+    ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
+    ("k", int, 10, "length of the ranking, K (paper: 10)"),
+    ("bonus", float, 0.1, "reward for rank 1 with a tool (paper: 0.1)"),
+    ("max-grad-norm", float, 1.0, "gradient clipping"),
+    "variants (defaults: the paper's estimator)",
+    ("baseline", ("mean", "loo"), "mean", "group baseline b of Eq. 6"),
+    ("divide-by-std", bool, False, "common GRPO variant; breaks Proposition 1"),
+    ("token-mean", bool, False, "mean over tokens instead of the sum"),
+    ("keep-negative-groups", bool, False, "no dynamic sampling"),
+    ("random-negatives", bool, False, "stage 2 on random instead of hard pairs"),
+    ("ppr-directions", tuple(DIRECTIONS), "both", "which questions stage 2 asks"),
+    ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2: reward, or Prop. 2"),
+    ("no-tools", bool, False, "train to reason without tools (row R)"),
+    ("without-tool", ALL_TOOLS, [], "remove this tool; can be repeated"),
+    ("profiles", ("template", "llm"), "template", "who writes the user profiles"),
+    "machine",
+    ("seed", int, 0, "of everything random"),
+    ("device", str, "auto", "cpu, cuda, ..."),
+    ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
+    ("micro-tokens", int, (16_384, 8192), "tokens held at once in an update"),
+    ("lora-rank", int, 0, "train adapters of this rank only (0: all weights)"),
+    ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
+    ("slots", int, (16, 4), "prompts in flight during a rollout"),
+    ("shard", bool, False, "split the model over torchrun's ranks (FSDP2)"),
+    ("memory", bool, False, "print the memory need per GPU and stop"),
+    ("save-every", int, 10, "steps between resumable states"),
+    ("test-samples", int, 500, "test samples of the final table"),
+    ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
+)
+POSITIVE = """lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
+    max_new_tokens micro_tokens slots save_every test_samples"""
+NOT_NEGATIVE = "steps ppr_steps warmup_steps seed bonus lora_rank"
 
 
 @dataclass
@@ -108,12 +166,34 @@ class Run:
     stage: str = ""
     step: int = 0  # steps done in this stage
     optimizer: torch.optim.Optimizer | None = None
+    score: Callable | None = None  # --shard: the update's forward
+    whole: Policy | None = None  # --shard: what rollouts run on
     pairs: list[HardPair] = field(default_factory=list)
     skipped: int = 0  # updates in a row that were not finite
+    stepping: bool = False  # in the loop over steps, where a signal lets one finish
     stop: int = 0  # signal that asked to stop
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
+# ---------------------------------------------------------------------------------------------- one step of stage 1 or 2
+
+
+def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
+    """Prompts, rollout, rewards and one update; returns the step's metrics and the groups."""
+    args, began = run.args, time.perf_counter()
+    tasks = stage_tasks(run, stage, step)  # P prompts
+    seed = (args.seed, STAGE_SEED[stage], step)
+    groups = roll_out(run, tasks, seed, args.slots, args.group_size)  # P lists of G
+    for t in (t for group in groups for t in group):
+        t.reward = pair_reward(t) if t.task.pair else list_reward(t, args.k, args.bonus)
+    rolled = time.perf_counter()
+    metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
+    metrics |= backward(run, groups)  # advantages and gradient, Eq. 6
+    lr = args.ppr_lr if stage == "ppr" else args.lr
+    decay = 1 - step / stage_steps(run, stage)
+    metrics |= update(run, lr * min(1.0, (step + 1) / 5, decay))
+    metrics["seconds_rollout"] = rolled - began
+    metrics["seconds_update"] = time.perf_counter() - rolled
+    return metrics, groups
 
 
 def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
@@ -122,184 +202,191 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     A share of stage 2's prompts (--list-share) asks for the ranking of the pairs' samples again; without them the
     tiny agent forgets within a dozen steps how to answer a ranking.
     """
-    args = run.args
-    pool = run.pairs if stage == "ppr" else run.ds.splits["train"]
-    n_pairs = max(1, round(args.batch * (1 - args.list_share) / 2))
-    n_lists = args.batch if stage == "rta" else max(0, args.batch - 2 * n_pairs)
-    size = min(len(pool), n_lists if stage == "rta" else n_pairs + n_lists)
-    epoch, at = divmod(step, max(1, len(pool) // size))
+    args, train = run.args, run.ds.splits["train"]
+    directions = DIRECTIONS[args.ppr_directions]
+    pool, n_pairs, n_lists = train, 0, args.batch
+    if stage == "ppr":
+        pool = run.pairs
+        n_pairs = max(1, round(args.batch * (1 - args.list_share) / len(directions)))
+        n_lists = max(0, args.batch - len(directions) * n_pairs)
+    size = min(len(pool), n_pairs + n_lists)
+    epoch, at = divmod(step, len(pool) // size)
     seed = [args.seed, STAGE_SEED[stage], epoch]
     order = np.random.default_rng(seed).permutation(len(pool))
     chosen = [pool[i] for i in order[at * size : (at + 1) * size]]
     if stage == "rta":
         return [Task(sample) for sample in chosen]
-    samples = {s.id: s for s in run.ds.splits["train"]}
+    samples = {s.id: s for s in train}
     rng = np.random.default_rng([*seed, step])
     lists = [Task(samples[pair.sample]) for pair in chosen[n_pairs:]]
-    return pair_tasks(chosen[:n_pairs], samples, rng) + lists
+    return pair_tasks(chosen[:n_pairs], samples, rng, directions) + lists
 
 
-def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
-    """One rollout and one update; returns its metrics and the groups."""
-    args = run.args
-    began = time.perf_counter()
-    seed = (args.seed, STAGE_SEED[stage], step)
-    groups = rollout(
-        run.policy,
-        run.ctx,
-        stage_tasks(run, stage, step),
-        seed=seed,
-        k=args.k,
-        slots=args.slots,
-        group_size=args.group_size,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-    )
-    for t in (t for group in groups for t in group):
-        t.reward = pair_reward(t) if t.task.pair else list_reward(t, args.k, args.bonus)
-    rolled = time.perf_counter()
-    metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
-    objective = Objective(
-        args.baseline,
-        args.divide_by_std,
-        args.token_mean,
-        not args.keep_negative_groups,
-    )
-    metrics |= policy_gradient(
-        run.policy, groups, objective, args.temperature, args.micro_tokens
-    )
-    lr = args.ppr_lr if stage == "ppr" else args.lr
-    metrics |= update(run, lr * min(1.0, (step + 1) / 5))
-    metrics |= {
-        "seconds_rollout": rolled - began,
-        "seconds_update": time.perf_counter() - rolled,
-    }
-    return metrics, groups
+def roll_out(
+    run: Run, tasks: list[Task], seed: tuple, slots: int, group_size: int, progress=None
+) -> list[list[Trajectory]]:
+    """`group_size` trajectories of each task; each rank samples its share, all get all."""
+    args, (rank, n) = run.args, ranks()
+    with sampler(run) as policy:
+        groups = rollout(
+            policy, run.ctx, tasks[rank::n], group_size=group_size, k=args.k, slots=slots,
+            temperature=args.temperature, greedy_answer=args.greedy_answer,
+            max_new_tokens=args.max_new_tokens, seed=seed, tools=trained_tools(vars(args)),
+            progress=progress,
+        )  # fmt: skip
+    groups = gather_list(groups)
+    return [groups[i % n][i // n] for i in range(len(tasks))]
+
+
+def backward(run: Run, groups: list[list[Trajectory]]) -> dict:
+    """Accumulate the step's gradient; --ppr-objective logistic takes the pair questions out of the policy gradient."""
+    args, metrics = run.args, {}
+    drop = not args.keep_negative_groups
+    how = (args.micro_tokens, run.score)
+    if args.ppr_objective == "logistic":
+        pairs = [group for group in groups if group[0].task.pair]
+        groups = [group for group in groups if not group[0].task.pair]
+        metrics |= bound_gradient(run.policy, pairs, *how) if pairs else {}
+    if groups:
+        objective = Objective(args.baseline, args.divide_by_std, args.token_mean, drop)
+        how = (args.temperature, *how)
+        metrics |= policy_gradient(run.policy, groups, objective, *how)
+    return metrics
 
 
 def update(run: Run, lr: float) -> dict:
     """Clip the accumulated gradient and step; a gradient that is not finite skips the update and is counted."""
     parameters = [p for p in run.policy.model.parameters() if p.grad is not None]
-    norm = (
-        float(torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm))
-        if parameters
-        else 0.0
-    )
+    if ranks()[1] > 1 and not run.score:  # fully_shard has added up its own
+        for p in parameters:
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
+    norm = float(whole(norm))
+    finite = math.isfinite(norm)
+    run.skipped = 0 if finite else run.skipped + 1
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    if not math.isfinite(norm):
-        run.skipped += 1
-    else:
-        run.skipped = 0
-        if norm > 0:
-            run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return {
-        "grad_norm": norm if math.isfinite(norm) else None,
-        "lr": lr,
-        "skipped": run.skipped,
-    }
+    if finite and norm > 0:
+        run.optimizer.step()
+    run.policy.model.zero_grad()
+    return {"grad_norm": norm if finite else None, "lr": lr, "skipped": run.skipped}
+
+
+# ------------------------------------------------------------------------------------------------- stage 2: what it asks
+
+
+def mined_samples(run: Run) -> list[Sample]:
+    """The training samples that stage 2's pairs are mined from."""
+    pool = run.ds.splits["train"]
+    rng = np.random.default_rng([run.args.seed, STAGE_SEED["mine"]])
+    return [pool[i] for i in rng.permutation(len(pool))[: run.args.mine_samples]]
+
+
+def mine_pairs(run: Run) -> None:
+    """Stage 2's data: roll the stage-1 policy out once over training samples and keep its violations (Eq. 3)."""
+    args, (rank, n) = run.args, ranks()
+    seed = (args.seed, STAGE_SEED["mine"])
+    tasks = [Task(sample) for sample in mined_samples(run)]
+    how = {"desc": "mining hard pairs", "unit": "sample", "disable": rank > 0}
+    with tqdm(total=len(tasks) // n, **how) as bar:
+        tick = lambda group: bar.update()
+        groups = roll_out(run, tasks, seed, 8 * args.slots, 1, tick)
+    run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
+    if not run.pairs:
+        raise ModelError(
+            "no hard pairs: the policy ranked every positive first, or no answer was valid"
+        )
+    put_json(run.out / "hard_pairs.jsonl", map(vars, run.pairs))
+    tqdm.write(f"mined {len(run.pairs)} hard pairs from {len(tasks)} training samples")
+
+
+# ------------------------------------------------------------------------------------------- before stage 1: the warm-up
 
 
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     """One step of imitation of scripted demonstrations: mean cross-entropy over their action tokens.
 
-    Curriculum: one call at first (copying), then up to two and up to four (adding up).
+    Curriculum: one call at first (copying), then up to two and up to five (adding up); at last mostly few calls, so
+    that the agent can use many tools and has to find out that it pays.
     """
     args, policy, began = run.args, run.policy, time.perf_counter()
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
     progress = step / args.warmup_steps
-    max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 4
+    max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
     prompts, rows = [], []
     for _ in range(args.batch):
-        sample = pool[rng.integers(len(pool))]
-        pair = None
+        sample, pair = pool[rng.integers(len(pool))], None
         if rng.random() < 0.2:
-            pair = tuple(
-                int(n) for n in rng.permutation(len(sample.candidates))[:2] + 1
-            )
+            two = rng.permutation(len(sample.candidates))[:2] + 1
+            pair = tuple(two.tolist())
         task = Task(sample, pair, bool(rng.random() < 0.5))
         for _ in range(args.group_size):
-            t = demonstrate(policy, run.ctx, task, args.k, rng, max_calls)
+            hasty = progress > 0.9
+            script = (args.k, rng, max_calls, hasty, trained_tools(vars(args)))
+            t = demonstrate(policy, run.ctx, task, *script)
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
-    n_actions, total, answers = sum(sum(r.action_mask) for r in rows), 0.0, []
-    for part_prompts, part_rows in micro_batches(prompts, rows, args.micro_tokens):
-        logprobs, _ = token_logprobs(policy, part_prompts, part_rows)
-        (-logprobs.sum() / n_actions).backward()
-        total -= float(logprobs.detach().sum())
-        for nll in (-logprobs.detach()).split([sum(r.action_mask) for r in part_rows]):
-            answers.append(float(nll[-2 * args.k - 2 :].sum()) / args.k)
-    lr = args.warmup_lr * min(1.0, (step + 1) / 50, max(0.02, 1.5 * (1 - progress)))
+    n_actions = sum(sum(r.action_mask) for r in rows)
+    mine = [rows[i] for i in my_share([len(r.ids) for r in rows])]
+    counts = [sum(r.action_mask) for r in mine]
+    weights = [1.0] * sum(counts)
+    how = {"micro_tokens": args.micro_tokens, "score": run.score}
+    logprobs, _ = accumulate(policy, prompts, mine, weights, n_actions, **how)
+    answers = sum(float(x[-2 * args.k - 2 :].sum()) for x in logprobs.split(counts))
+    total, answers = over_ranks([-float(logprobs.sum()), -answers / args.k])
+    ramp = min(50, 1 + args.warmup_steps // 10)
+    lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * (1 - progress)))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
-    metrics |= {"answer_loss": float(np.mean(answers))} | update(run, lr)
+    metrics |= {"answer_loss": answers / len(rows)} | update(run, lr)
     metrics["tokens"] = sum(len(r.ids) for r in rows)
     return metrics | {"seconds_update": time.perf_counter() - began}, []
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices and AdamW for the rest behind one interface; used by the warm-up only."""
-
-    def __init__(self, model: torch.nn.Module, lr: float):
-        matrices = [
-            p
-            for n, p in model.named_parameters()
-            if p.ndim == 2 and "embed" not in n and "lm_head" not in n
-        ]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        muon = torch.optim.Muon(
-            matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
-        self.parts = [
-            muon,
-            torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        super().__init__(model.parameters(), {})
-        self.param_groups = [g for part in self.parts for g in part.param_groups]
-
-    def step(self, closure=None):
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        for part, saved in zip(self.parts, state["parts"]):
-            part.load_state_dict(saved)
-        self.param_groups = [g for part in self.parts for g in part.param_groups]
+def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
+    """A fresh optimizer for each stage."""
+    model, args = run.policy.model, run.args
+    if stage == "warmup" and not args.shard:  # Muon needs whole matrices
+        return MuonAdamW(model, args.warmup_lr)
+    how = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+    return torch.optim.AdamW(model.parameters(), args.lr, **how)
 
 
-# -------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------- before training: profiles
 
 
-def mine_pairs(run: Run) -> None:
-    """Stage 2's data: roll the stage-1 policy out once over training samples and keep its violations (Eq. 3)."""
-    path, args = run.out / "hard_pairs.jsonl", run.args
-    pool = run.ds.splits["train"]
-    chosen = np.random.default_rng([args.seed, STAGE_SEED["mine"]]).permutation(
-        len(pool)
-    )[: args.mine_samples]
-    with tqdm(total=len(chosen), desc="mining hard pairs", unit="sample") as bar:
-        groups = rollout(
-            run.policy, run.ctx, [Task(pool[i]) for i in chosen], group_size=1, k=args.k, temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens, seed=(args.seed, STAGE_SEED["mine"]), slots=8 * args.slots,
-            progress=lambda group: bar.update(),
-        )  # fmt: skip
-    run.pairs = mine(
-        [g[0] for g in groups],
-        (args.seed, STAGE_SEED["mine"], 1),
-        args.random_negatives,
-    )
-    if not run.pairs:
-        raise ModelError(
-            "no hard pairs: the policy ranked every positive first, or no answer was valid"
-        )
-    path.write_text("".join(json.dumps(p.to_json()) + "\n" for p in run.pairs))
-    tqdm.write(f"mined {len(run.pairs)} hard pairs from {len(chosen)} training samples")
+def profile_samples(run: Run) -> list[Sample]:
+    """Whom --profiles llm is about: every sample that this run trains on, and those that eval.py draws."""
+    args, test = run.args, run.ds.splits["test"]
+    found = mined_samples(run) if args.stage in ("all", "ppr") else []
+    if args.stage in ("all", "rta"):
+        steps = range(stage_steps(run, "rta"))
+        found += [t.sample for step in steps for t in stage_tasks(run, "rta", step)]
+    drawn = np.random.default_rng(0).permutation(len(test))[: args.test_samples]
+    return list({s.id: s for s in [*found, *(test[i] for i in drawn)]}.values())
+
+
+def write_profiles(run: Run) -> None:
+    """--profiles llm: before training the policy describes every user, as the paper's frozen backbone does.
+
+    Kept in profiles.jsonl, so that it happens once; a resumed run writes what is missing.
+    """
+    path, (rank, n), profiles = run.out / PROFILES, ranks(), run.ctx.profiles
+    profiles |= read_profiles(path)
+    todo = [s for s in profile_samples(run) if s.id not in profiles]
+    starts = range(0, len(todo), 8 * run.args.slots * n)
+    how = {"unit": "batch", "disable": rank > 0}
+    with sampler(run) as policy:
+        for at in tqdm(starts, "writing profiles", **how):
+            own = todo[at : at + starts.step][rank::n]
+            texts = complete(policy, [profile_prompt(policy, run.ctx, s) for s in own])
+            for part in gather_list([(s.id, text) for s, text in zip(own, texts)]):
+                profiles.update(part)
+            put_json(path, ({"sample": i, "text": t} for i, t in profiles.items()))
+
+
+# ------------------------------------------------------------------------------------------------ the loop over the steps
 
 
 def stage_steps(run: Run, stage: str) -> int:
@@ -307,62 +394,75 @@ def stage_steps(run: Run, stage: str) -> int:
     args = run.args
     if stage == "warmup":
         return args.warmup_steps
+    steps, epochs = args.steps, args.epochs
+    epoch = len(run.ds.splits["train"]) // args.batch
     if stage == "ppr":
-        epoch = max(1, round(len(run.pairs) / (args.batch * (1 - args.list_share) / 2)))
-        return (
-            args.ppr_steps
-            if args.ppr_steps is not None
-            else math.ceil(args.ppr_epochs * epoch)
-        )
-    epoch = max(1, len(run.ds.splits["train"]) // args.batch)
-    return args.steps if args.steps is not None else math.ceil(args.epochs * epoch)
+        steps, epochs = args.ppr_steps, args.ppr_epochs
+        questions = len(run.pairs) * len(DIRECTIONS[args.ppr_directions])
+        epoch = round(questions / (args.batch * (1 - args.list_share)))
+    return steps if steps is not None else math.ceil(epochs * max(1, epoch))
 
 
 def train_stage(run: Run, stage: str) -> None:
     """Run one stage from where it stands to its end, logging, checkpointing and stopping on request."""
     if stage == "ppr":
-        if not (run.out / "hard_pairs.jsonl").exists():
+        path = run.out / "hard_pairs.jsonl"
+        if over_ranks([path.exists()], "min")[0]:
+            lines = path.read_text().splitlines()
+            run.pairs = [HardPair(**json.loads(line)) for line in lines]
+        else:
             mine_pairs(run)
-        lines = (run.out / "hard_pairs.jsonl").read_text().splitlines()
-        run.pairs = [HardPair(**json.loads(line)) for line in lines]
-    steps = stage_steps(run, stage)
-    if run.optimizer is None:
-        run.optimizer = make_optimizer(run, stage)
-    title = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}[stage]
-    with tqdm(total=steps, initial=run.step, desc=title, unit="step") as bar:
+    steps, rank = stage_steps(run, stage), ranks()[0]
+    run.optimizer = run.optimizer or make_optimizer(run, stage)
+    how = {"total": steps, "initial": run.step, "unit": "step", "disable": rank > 0}
+    with tqdm(desc=STAGES[stage], **how) as bar:
+        run.stepping = True
         while run.step < steps:
-            metrics, groups = (
-                warmup_step(run, run.step)
-                if stage == "warmup"
-                else grpo_step(run, stage, run.step)
-            )
+            if stage == "warmup":
+                metrics, groups = warmup_step(run, run.step)
+            else:
+                metrics, groups = grpo_step(run, stage, run.step)
             run.step += 1
             log_step(run, metrics, groups)
             bar.set_postfix_str(postfix(metrics))
             bar.update()
-            if run.skipped >= 3:
-                save_state(run)
-                raise ModelError(
-                    f"3 updates in a row were not finite; state saved: lower --lr and --resume {run.out}"
-                )
-            if run.stop or run.step % run.args.save_every == 0:
-                save_state(run)
-            if run.stop:
-                bar.close()
-                print(
-                    f"\nstopped after step {run.step} of {stage}; continue with: python train.py --resume {run.out}"
-                )
-                sys.exit(128 + run.stop)
-    save_policy(run.policy, run.out / stage)
+            end_of_step(run, last=run.step == steps)
+    run.stepping = False
+    if run.stop:
+        leave(run, run.stop)
+    with sampler(run, exact=True) as policy:
+        if rank == 0:
+            put(run.out / stage, functools.partial(save_policy, policy))
 
 
-def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer:
-    """A fresh optimizer for each stage."""
-    if stage == "warmup":
-        return MuonAdamW(run.policy.model, run.args.warmup_lr)
-    return torch.optim.AdamW(
-        run.policy.model.parameters(), run.args.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+def end_of_step(run: Run, last: bool) -> None:
+    """Save when it is time to, and leave when asked to or when updates keep failing; all ranks alike."""
+    # a signal from here on waits for the next step
+    stop = int(over_ranks([run.stop], "max")[0])
+    failing = run.skipped >= 3
+    if failing or stop or last or run.step % run.args.save_every == 0:
+        save_state(run)
+    if failing:
+        raise ModelError(
+            f"3 updates in a row were not finite; state saved in {run.out}: start anew with a lower --lr"
+        )
+    if stop:
+        leave(run, stop)
+
+
+def on_signal(run: Run, received: int, frame) -> None:
+    """Ctrl-C or SIGTERM: finish and save the step; outside of a step, or when asked twice, leave at once."""
+    if run.stepping and not run.stop:
+        run.stop = received
+    else:
+        leave(run, received)
+
+
+def leave(run: Run, received: int) -> None:
+    """Exit as a signal asked for, saying how to go on."""
+    done = f"after step {run.step} of {run.stage}" if run.stage else "before training"
+    print(f"\nstopped {done}; continue with: python train.py --resume {run.out}")
+    sys.exit(128 + received)
 
 
 def postfix(m: dict) -> str:
@@ -373,42 +473,29 @@ def postfix(m: dict) -> str:
 
 
 def log_step(run: Run, metrics: dict, groups: list) -> None:
-    """Append the step's metrics and its first group's best and worst trajectory."""
-    with open(run.out / "metrics.jsonl", "a") as f:
-        f.write(
-            json.dumps(
-                {
-                    k: round(v, 6) if isinstance(v, float) else v
-                    for k, v in metrics.items()
-                }
-            )
-            + "\n"
-        )
-    if metrics.get("cut", 0) > 0.3:
-        tqdm.write(
-            f"warning: {metrics['cut']:.0%} of answers were cut by --max-new-tokens {run.args.max_new_tokens}"
-        )
-    if (
-        run.policy.dtype == torch.float32
-        and metrics.get("kl_sampler_trainer", 0) > 1e-4
-    ):
-        tqdm.write(
-            f"warning: sampler and trainer disagree, KL {metrics['kl_sampler_trainer']:.1e}"
-        )
-    if groups and metrics["zero_variance_groups"] == len(groups):
+    """Append the step's metrics and its first group's best and worst trajectory; warn of what looks wrong."""
+    args, cut = run.args, metrics.get("cut", 0)
+    if cut > 0.3:
+        limit = f"--max-new-tokens {args.max_new_tokens}"
+        tqdm.write(f"warning: {cut:.0%} of answers were cut by {limit}")
+    kl = metrics.get("kl_sampler_trainer", 0)
+    if run.policy.dtype == torch.float32 and kl > 1e-4:
+        tqdm.write(f"warning: sampler and trainer disagree, KL {kl:.1e}")
+    if groups and metrics.get("zero_variance_groups") == len(groups):
         tqdm.write("all groups have equal rewards: no update in this step")
+    rounded = [
+        (k, round(v, 6) if isinstance(v, float) else v) for k, v in metrics.items()
+    ]
+    logs = {"metrics.jsonl": [dict(rounded)]}
     for group in groups[:1]:
-        advantages = group_advantages(
-            np.array([[t.reward for t in group]]),
-            run.args.baseline,
-            run.args.divide_by_std,
-        )
-        with open(run.out / "trajectories.jsonl", "a") as f:
-            f.writelines(
-                json.dumps(trajectory_json(run, group[g], metrics, advantages[0][g]))
-                + "\n"
-                for g in {int(advantages[0].argmax()), int(advantages[0].argmin())}
-            )
+        rewards = np.array([[t.reward for t in group]])
+        advantages = group_advantages(rewards, args.baseline, args.divide_by_std)[0]
+        ends = {int(advantages.argmax()), int(advantages.argmin())}
+        rows = [trajectory_json(run, group[g], metrics, advantages[g]) for g in ends]
+        logs["trajectories.jsonl"] = rows
+    for name, rows in logs.items() if ranks()[0] == 0 else ():
+        with open(run.out / name, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def trajectory_json(run: Run, t, metrics: dict, advantage: float) -> dict:
@@ -424,72 +511,178 @@ def trajectory_json(run: Run, t, metrics: dict, advantage: float) -> dict:
 # ------------------------------------------------------------------------------------------------ checkpoint and resume
 
 
+def put(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Have `write` make a file or folder beside `path`, then give it that name; ModelError if it cannot be written.
+
+    A kill at any moment leaves the old or the new one complete; a folder's old one is `path`.old for an instant.
+    """
+    new, old = (path.with_name(path.name + end) for end in (".new", ".old"))
+    remove(new)
+    try:
+        write(new)
+    except Exception as e:  # torch, safetensors and tokenizers have kinds of their own
+        remove(new)
+        raise ModelError(
+            f"{path}: cannot be written ({str(e).splitlines()[0]}); what was saved before is intact: "
+            f"make room, then: python train.py --resume {path.parent}"
+        ) from e
+    if path.is_dir():
+        remove(old)
+        path.rename(old)
+    new.replace(path)
+    remove(old)
+
+
+def put_json(path: pathlib.Path, rows) -> None:
+    """Write a whole .jsonl file; only rank 0 does."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if ranks()[0] == 0:
+        put(path, lambda new: new.write_text(lines))
+
+
+def remove(path: pathlib.Path) -> None:
+    """Delete a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def save_state(run: Run) -> None:
-    """Write last/ beside the old one and swap it in, so that a kill at any moment leaves a complete state."""
-    new, old, last = run.out / "last.new", run.out / "last.old", run.out / "last"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    model = {
-        k: v
-        for k, v in run.policy.model.state_dict().items()
-        if k != "lm_head.weight" or not tied(run.policy)
-    }
-    save_file(model, new / "model.safetensors")
-    torch.save(
-        run.optimizer.state_dict() if run.optimizer else None, new / "optimizer.pt"
-    )
-    lines = {
-        n: count_lines(run.out / n) for n in ("metrics.jsonl", "trajectories.jsonl")
-    }
-    (new / "state.json").write_text(
-        json.dumps(
-            {"stage": run.stage, "step": run.step, "skipped": run.skipped, **lines}
-        )
-    )
-    shutil.rmtree(old, ignore_errors=True)
-    if last.exists():
-        last.rename(old)
-    new.rename(last)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write last/: weights, optimizer, counters and how long the logs are."""
+    model = run.policy.model.state_dict()
+    if run.policy.model.config.tie_word_embeddings:
+        del model["lm_head.weight"]
+    model, optimizer = tree_map(for_rank_0, (model, run.optimizer.state_dict()))
+    if ranks()[0]:
+        return
+    state = {"stage": run.stage, "step": run.step, "skipped": run.skipped}
+    for path in (run.out / name for name in LOGS):
+        state[path.name] = path.read_bytes().count(b"\n") if path.exists() else 0
+    put(run.out / "last", functools.partial(write_state, model, optimizer, state))
 
 
-def tied(policy: Policy) -> bool:
-    return bool(policy.model.config.tie_word_embeddings)
-
-
-def count_lines(path: pathlib.Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def write_state(model: dict, optimizer: dict, state: dict, folder: pathlib.Path):
+    folder.mkdir()
+    save_file(model, folder / "model.safetensors")
+    torch.save(optimizer, folder / "optimizer.pt")
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def restore_state(run: Run) -> None:
     """Put weights, optimizer and counters back and cut the logs to the saved step."""
-    folder = next(
-        (
-            p
-            for p in (run.out / "last", run.out / "last.old")
-            if (p / "state.json").exists()
-        ),
-        None,
-    )
-    if folder is None:
+    folders = (run.out / "last", run.out / "last.old")
+    folder = next((f for f in folders if (f / "state.json").exists()), None)
+    state = json.loads((folder / "state.json").read_text()) if folder else {}
+    for path in (run.out / name for name in LOGS):
+        if path.exists() and ranks()[0] == 0:
+            lines = path.read_bytes().splitlines(keepends=True)
+            # in place, since a rewrite could be killed half-way
+            os.truncate(path, sum(map(len, lines[: state.get(path.name, 0)])))
+    if not folder:
         return
-    state = json.loads((folder / "state.json").read_text())
     run.stage, run.step, run.skipped = state["stage"], state["step"], state["skipped"]
-    run.policy.model.load_state_dict(
-        load_file(folder / "model.safetensors"), strict=False
-    )
-    saved = torch.load(
-        folder / "optimizer.pt", weights_only=True, map_location=run.policy.device
-    )
-    if saved is not None:
-        run.optimizer = make_optimizer(run, run.stage)
-        run.optimizer.load_state_dict(saved)
-    for name in ("metrics.jsonl", "trajectories.jsonl"):
-        if (run.out / name).exists():
-            lines = (
-                (run.out / name).read_text().splitlines(keepends=True)[: state[name]]
-            )
-            (run.out / name).write_text("".join(lines))
+    run.optimizer = make_optimizer(run, run.stage)
+    model = load_file(folder / "model.safetensors")
+    optimizer = torch.load(folder / "optimizer.pt", "cpu", weights_only=True)
+    if run.score:
+        named = dict(run.policy.model.named_parameters())
+        model = {name: split_like(x, named[name]) for name, x in model.items()}
+        owners = [p for group in run.optimizer.param_groups for p in group["params"]]
+        for i, values in optimizer["state"].items():
+            for name, x in values.items():
+                values[name] = split_like(x, owners[i])
+    run.policy.model.load_state_dict(model, strict=False)
+    run.optimizer.load_state_dict(optimizer)
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_ranks(device: str) -> None:
+    """Under torchrun meet the other processes; only rank 0 prints and writes."""
+    if launched() == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" now means
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    # as long as the slowest rank may keep the others waiting; torchrun ends all at once when one dies
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    if dist.get_rank():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def shard(run: Run) -> None:
+    """--shard: parameters, gradients and optimizer state are split over the ranks (FSDP2), gathered layer by layer.
+
+    The last layer stays gathered through an update with the embeddings: a prompt's last output is never used, only its
+    keys and values are, so no gradient would arrive there and call for the layer's weights in time.
+    """
+    model, device = run.policy.model, run.args.device
+    empty = {id(p): torch.nn.Parameter(p.data.new_empty(0)) for p in model.parameters()}
+    run.whole = replace(run.policy, model=copy.deepcopy(model, empty))
+    run.whole.model.to(device)
+    run.whole.device = run.policy.device = torch.device(device)
+    mesh = dist.init_device_mesh(device, (ranks()[1],))
+    for part in [*model.model.layers[:-1], model]:
+        fully_shard(part, mesh=mesh)
+        part.set_force_sum_reduction_for_comms(True)  # gloo cannot average
+        part.set_gradient_divide_factor(1.0)
+    model.score = token_logprobs
+    register_fsdp_forward_method(model, "score")
+    run.score = model.score
+
+
+@contextlib.contextmanager
+def sampler(run: Run, exact: bool = False) -> Iterator[Policy]:
+    """The policy to sample from or to save: under --shard a whole copy that exists as long as it is in use.
+
+    Matrices are held in the dtype that autocast would multiply them in, unless `exact`.
+    """
+    if not run.whole:
+        yield run.policy
+        return
+    for name, p in run.policy.model.named_parameters():
+        keep = exact or p.ndim != 2 or "embed" in name
+        x = whole(p.detach()).to(p.dtype if keep else run.policy.dtype)
+        run.whole.model.get_parameter(name).data = x
+    yield run.whole
+    for p in run.whole.model.parameters():
+        p.data = p.data.new_empty(0)
+
+
+def whole(x):
+    """A sharded tensor put together (all ranks must call it); anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def for_rank_0(x):
+    """A leaf of a state to save: whole and on the CPU for rank 0, dropped by the others as they come to it."""
+    x = whole(x)
+    if ranks()[0]:
+        return None
+    return x.cpu() if isinstance(x, torch.Tensor) else x
+
+
+def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A whole tensor sharded as parameter `p` is; scalars and what belongs to whole parameters stay as they are."""
+    if not isinstance(p, DTensor) or x.shape != p.shape:
+        return x
+    where = (p.device_mesh, p.placements)
+    return distribute_tensor(x.to(p.device), *where, src_data_rank=None)
+
+
+def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
+    """GB that a known model needs on each of `n` GPUs with these flags, by part."""
+    prompts = min(args.slots, -(-args.batch // n))
+    held = (prompts * args.group_size, prompts, args.max_new_tokens, args.micro_tokens)
+    how = (args.lora_rank, args.grad_checkpoint)
+    return memory_need(qwen3_config(name), n, sharded, *held, *how)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -497,318 +690,210 @@ def restore_state(run: Run) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; defaults come from the preset, `--resume` takes all of them from the run's config.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_argument_group("what to run")
-    what.add_argument(
-        "--dataset",
-        default="office",
-        help="office (bundled simulation), office-sim, or a folder's name",
-    )
-    what.add_argument("--data-dir", help="folder with items.jsonl and interactions.csv")
-    what.add_argument(
-        "--stage", choices=STAGES, default="all", help="which stages to run"
-    )
-    what.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="tiny",
-        help="tiny: bundled agent; paper: Qwen3-4B",
-    )
-    what.add_argument(
-        "--model", help="Hugging Face folder or hub id (default: the preset's)"
-    )
-    what.add_argument("--out", help="run folder (default runs/DATASET-SEED)")
-    what.add_argument(
-        "--overwrite", action="store_true", help="replace an existing run folder"
-    )
-    what.add_argument(
-        "--resume", metavar="RUN", help="continue this run folder with its own flags"
-    )
-    how = parser.add_argument_group("training (default: the preset's)")
-    how.add_argument("--steps", type=int, help="steps of stage 1")
-    how.add_argument("--ppr-steps", type=int, help="steps of stage 2")
-    how.add_argument(
-        "--warmup-steps", type=int, help="steps of imitation before stage 1"
-    )
-    how.add_argument("--warmup-lr", type=float, help="learning rate of the warm-up")
-    how.add_argument("--lr", type=float, help="learning rate (paper: 1e-6)")
-    how.add_argument(
-        "--ppr-lr", type=float, help="learning rate of stage 2 (paper: 1e-6)"
-    )
-    how.add_argument(
-        "--list-share", type=float, help="share of rankings among stage 2's prompts"
-    )
-    how.add_argument("--batch", type=int, help="prompts a step (paper: 64)")
-    how.add_argument(
-        "--group-size", type=int, help="trajectories a prompt, G (paper: 8)"
-    )
-    how.add_argument("--temperature", type=float, help="of sampling (paper: 0.6)")
-    how.add_argument(
-        "--max-new-tokens",
-        type=int,
-        help="of a whole trajectory, observations included (paper: 6144)",
-    )
-    how.add_argument(
-        "--mine-samples", type=int, help="training samples to mine hard pairs from"
-    )
-    how.add_argument(
-        "--k", type=int, default=10, help="length of the ranking, K (paper: 10)"
-    )
-    how.add_argument(
-        "--bonus",
-        type=float,
-        default=0.1,
-        help="reward for rank 1 with a tool (paper: 0.1)",
-    )
-    how.add_argument(
-        "--max-grad-norm", type=float, default=1.0, help="gradient clipping"
-    )
-    variants = parser.add_argument_group("variants (defaults: the paper's estimator)")
-    variants.add_argument(
-        "--baseline",
-        choices=["mean", "loo"],
-        default="mean",
-        help="group baseline b of Eq. 6",
-    )
-    variants.add_argument(
-        "--divide-by-std",
-        action="store_true",
-        help="common GRPO variant; breaks Proposition 1",
-    )
-    variants.add_argument(
-        "--token-mean", action="store_true", help="mean over tokens instead of the sum"
-    )
-    variants.add_argument(
-        "--keep-negative-groups", action="store_true", help="no dynamic sampling"
-    )
-    variants.add_argument(
-        "--random-negatives",
-        action="store_true",
-        help="stage 2 on random instead of hard pairs",
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--seed", type=int, default=0)
-    machine.add_argument("--device", default="auto", help="cpu, cuda, ...")
-    machine.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        help="of the computation; weights stay float32",
-    )
-    machine.add_argument(
-        "--micro-tokens", type=int, help="tokens held at once in an update"
-    )
-    machine.add_argument(
-        "--slots", type=int, default=16, help="prompts in flight during a rollout"
-    )
-    machine.add_argument(
-        "--save-every", type=int, default=10, help="steps between resumable states"
-    )
-    machine.add_argument(
-        "--test-samples", type=int, default=500, help="test samples of the final table"
-    )
-    machine.add_argument(
-        "--no-eval",
-        action="store_true",
-        help="train only; eval.py RUN makes the table later",
-    )
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            group = parser.add_argument_group(flag)
+        else:
+            add_flag(group, *flag)
     args = parser.parse_args(argv)
     if not args.resume:
+        fill_in(args)
         check_flags(parser, args)
     return args
 
 
-def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in the preset and refuse impossible values."""
+def add_flag(group, name: str, kind, default, text: str) -> None:
+    """One row of FLAGS as an argument; a default that depends on the preset is filled in later."""
+    how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+    if kind is bool:
+        how = {
+            "action": "store_true"
+            if default is False
+            else argparse.BooleanOptionalAction
+        }
+    if default == []:
+        how["action"] = "append"
+    if isinstance(default, tuple):
+        pairs = [f"{p}: {d}" for p, d in zip(PRESETS, default) if d is not None]
+        default, text = None, f"{text} ({', '.join(pairs)})"
+    group.add_argument(f"--{name}", default=default, help=text, **how)
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
         args.model, args.warmup_steps = "new", args.warmup_steps or 1500
-    for name, value in (
-        {"epochs": None, "ppr_epochs": None, "steps": None, "ppr_steps": None}
-        | PRESETS[args.preset]
-    ).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    for name, _, default, _ in (flag for flag in FLAGS if not isinstance(flag, str)):
+        name = name.replace("-", "_")
+        if isinstance(default, tuple) and getattr(args, name) is None:
+            setattr(args, name, default[PRESETS.index(args.preset)])
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if has_bfloat16(args.device) else "float32"
+    if args.dtype == "auto":  # bfloat16 where the machine multiplies it in hardware
+        able = torch.cpu.get_capabilities()
+        fast = args.device != "cpu" or able.get("avx512_bf16") or able.get("amx_bf16")
+        args.dtype = "bfloat16" if fast else "float32"
     args.out = args.out or f"runs/{args.dataset}-{args.seed}"
-    if args.group_size < 2 and args.stage != "warmup":
-        parser.error(
-            f"--group-size {args.group_size}: a group's mean needs at least 2 trajectories"
-        )
-    if not 1 <= args.k <= 20:
-        parser.error(f"--k {args.k}: must be between 1 and the 20 candidates")
-    if not 0 <= args.list_share < 1:
-        parser.error(f"--list-share {args.list_share}: must be at least 0 and below 1")
-    for name in (
-        "lr",
-        "batch",
-        "temperature",
-        "max_new_tokens",
-        "micro_tokens",
-        "slots",
-        "save_every",
-        "test_samples",
-    ):
-        if not getattr(args, name) > 0:
-            parser.error(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive"
-            )
+    if args.model == "new":
+        args.model = str(pathlib.Path(args.out) / "start")
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware (a CPU tells in /proc/cpuinfo)."""
-    if device != "cpu":
-        return True
-    flags = pathlib.Path("/proc/cpuinfo")
-    return flags.exists() and bool(
-        {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split())
-    )
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse impossible values."""
+    one = args.stage == "warmup"  # a group of one will do
+    several = launched() > 1
+    for names, possible, reason in (
+        (POSITIVE, lambda x: 0 < x < math.inf, "must be positive"),
+        (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
+        ("group_size", lambda x: x > 1 or one, "a group's mean needs at least 2 trajectories"),
+        ("k", lambda x: 1 <= x <= 20, "must be between 1 and the 20 candidates"),
+        ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+        ("shard", lambda x: several or not x, "needs several processes: start with torchrun"),
+    ):  # fmt: skip
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not possible(value):
+                parser.error(f"--{name.replace('_', '-')} {value}: {reason}")
 
 
 def open_run(args: argparse.Namespace) -> Run:
     """Load or build everything a run needs: folder, dataset, SASRec, policy."""
-    out = pathlib.Path(args.out)
-    used = out.exists() and any(out.iterdir())
-    if used and not args.resumed and not args.overwrite:
+    out, (rank, n) = pathlib.Path(args.out), ranks()
+    used = out.exists() and any(p.name != LOCK for p in out.iterdir())
+    if used and not args.resumed and not args.overwrite and rank == 0:
         raise ModelError(
             f"{out} exists; choose another --out, continue it with --resume {out}, or --overwrite"
         )
     ds = load_dataset(args.dataset, args.data_dir)
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
+    if rank == 0:
+        prepare(args, out, ds)
+    over_ranks([0])  # the others wait for what rank 0 prepares
+    ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
+    path = HERE / args.model if (HERE / args.model).is_dir() else args.model
+    sharded = args.shard and n > 1
+    policy = load_policy(str(path), "cpu" if sharded else args.device, args.dtype)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)  # every rank makes the same adapters
+        add_lora(policy, args.lora_rank)
+    if args.grad_checkpoint:
+        checkpoint_layers(policy)
+    how = f"{policy.describe()}, {args.dtype} on {args.device}"
+    print(f"agent {args.model}: {how}", flush=True)
+    run = Run(args, out, ds, ctx, policy)
+    if sharded:
+        shard(run)
+    return run
+
+
+def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
+    """The run folder: made or checked, with its SASRec models and, for `--model new`, the agent to start from."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
     if not args.resumed:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        for path in out.iterdir():
+            if path.name != LOCK:
+                remove(path)
         write_config(args, out, ds)
-    elif (
-        json.loads((out / "config.json").read_text())["fingerprint"] != ds.fingerprint()
-    ):
+    elif read_config(out)["fingerprint"] != ds.fingerprint():
         raise DatasetError(
             f"{out}: the dataset has changed since this run started; restore it or start a new run"
         )
-    fitted = {"sasrec": ds.fit_end, "sasrec_baseline": ds.train_end}
-    for name, end in fitted.items():
+    for name, end in (("sasrec", ds.fit_end), ("sasrec_baseline", ds.train_end)):
         if not (out / f"{name}.safetensors").exists():
             model = train_sasrec(ds, end, progress=f"training {name}")
-            save_sasrec(model, out / f"{name}.safetensors")
-    ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
-    if (
-        args.model == "new"
-    ):  # kept, since its tokenizer must not change when the run is resumed
-        fresh = build_tiny_agent(
-            demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
-        )
-        save_policy(fresh, out / "start")
-        args.model = str(out / "start")
-        write_config(args, out, ds)
-    path = HERE / args.model if (HERE / args.model).is_dir() else args.model
-    policy = load_policy(str(path), args.device, args.dtype)
-    print(
-        f"agent {args.model}: {config_line(policy)}, {args.dtype} on {args.device}",
-        flush=True,
-    )
-    return Run(args, out, ds, ctx, policy)
+            put(out / f"{name}.safetensors", functools.partial(save_sasrec, model))
+    start = out / "start"  # kept: its tokenizer must not change on resuming
+    if args.model == str(start) and not start.exists():
+        ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
+        texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
+        put(start, functools.partial(save_policy, build_tiny_agent(texts)))
 
 
-class TextCollector:
-    """Stands in for a Policy in `demonstrate` to gather the texts that the tiny agent's tokenizer is trained on."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-        self.tokenizer = self
-
-    def apply_chat_template(self, messages, **_) -> str:
-        return messages[-1]["content"]
-
-    def defuse(self, text: str) -> str:
-        return text
-
-    def encode(self, text: str) -> list[int]:
-        self.texts.append(text)
-        return []
-
-
-def demonstration_texts(ctx: Context, samples: list[Sample], k: int) -> list[str]:
-    """Prompts, actions and observations of one demonstration a sample, every fourth about a pair."""
-    collector, rng = TextCollector(), np.random.default_rng(0)
-    for i, sample in enumerate(samples):
-        task = Task(sample, (3, 5) if i % 4 == 0 else None, i % 8 == 0)
-        demonstrate(collector, ctx, task, k, rng, max_calls=6)
-    return collector.texts
+def lock(out: pathlib.Path) -> None:
+    """Keep other processes out of the run folder until this one ends, however it ends; ModelError if one is in."""
+    if fcntl is None:
+        return
+    held = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)  # stays open
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        raise ModelError(
+            f"{out}: another run is writing there; wait for it or choose another --out"
+        ) from e
 
 
 def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
     """config.json: every flag, versions, commit and the dataset's fingerprint."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        check=False,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    versions = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     config = {
         "args": vars(args),
-        "versions": versions | {"numpy": np.__version__},
-        "commit": commit or None,
-    }
-    config |= {
+        "versions": {"python": sys.version.split()[0]} | versions,
+        "commit": commit.strip() or None,
         "dataset": ds.describe(),
         "fingerprint": ds.fingerprint(),
         "threads": torch.get_num_threads(),
     }
-    (out / "config.json").write_text(json.dumps(config, indent=1))
+    put(out / "config.json", lambda new: new.write_text(json.dumps(config, indent=1)))
+
+
+def read_config(out: pathlib.Path) -> dict:
+    """What write_config wrote; ModelError if `out` is no run folder."""
+    if not (out / "config.json").exists():
+        raise ModelError(
+            f"{out}: no config.json; --resume takes a run folder that train.py made"
+        )
+    return json.loads((out / "config.json").read_text())
 
 
 def evaluate(args: argparse.Namespace, *flags: str) -> None:
     """Run eval.py on the run folder (a process of its own: it only needs what is on disk)."""
-    if not args.no_eval:
-        command = [
-            sys.executable,
-            str(HERE / "eval.py"),
-            args.out,
-            "--samples",
-            str(args.test_samples),
-            *flags,
-        ]
-        if subprocess.run(command, check=False).returncode:
-            raise ModelError(
-                f"eval.py failed; the training is saved: python eval.py {args.out}"
-            )
+    samples = str(args.test_samples)
+    command = [sys.executable, str(HERE / "eval.py"), args.out, "--samples", samples]
+    if not args.no_eval and subprocess.run([*command, *flags], check=False).returncode:
+        raise ModelError(
+            f"eval.py failed; the training is saved: python eval.py {args.out}"
+        )
 
 
 def main() -> None:
     args = parse_args()
-    if args.resume:
-        config = pathlib.Path(args.resume) / "config.json"
-        if not config.exists():
-            raise ModelError(
-                f"{args.resume}: no config.json; --resume takes a run folder that train.py made"
-            )
-        args = argparse.Namespace(
-            **json.loads(config.read_text())["args"]
-            | {"out": args.resume, "resumed": True}
-        )
-    else:
-        args.resumed = False
+    args.resumed = bool(args.resume)
+    if args.resumed:
+        saved = read_config(pathlib.Path(args.resume))["args"]
+        saved |= {"out": args.resume, "resumed": True}
+        args = argparse.Namespace(**vars(parse_args([])) | saved)
+    if args.memory:
+        return print(memory_table(functools.partial(memory, args)))
+    join_ranks(args.device)
+    if args.preset == "paper" and args.model in QWEN3:  # before any download
+        need = memory(args, args.model, launched(), args.shard).items()
+        parts = ", ".join(f"{part} {x:.0f}" for part, x in need)
+        print(f"memory per GPU at most, in GB: {parts}", flush=True)
     run = open_run(args)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: setattr(run, "stop", received))
+        signal.signal(number, functools.partial(on_signal, run))
+    if args.profiles == "llm":
+        write_profiles(run)
+    rank, n = ranks()
     if args.resumed:
         restore_state(run)
-    elif args.stage != "warmup":
+    elif args.stage != "warmup" and n == 1:
         evaluate(args, "--rows", "frozen")
-    stages = [s for s in STAGES[args.stage] if s != "warmup" or args.warmup_steps]
+    stages = [s for s in STAGES if args.stage in ("all", s)]
+    stages = [s for s in stages if s != "warmup" or args.warmup_steps]
     for stage in stages[stages.index(run.stage) if run.stage else 0 :]:
         if run.stage != stage:
             run.stage, run.step, run.optimizer = stage, 0, None
         train_stage(run, stage)
+    if n > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     if args.stage != "warmup":
         evaluate(args)
     print(f"done: {run.out}; read trajectories with: python eval.py {run.out} --show 3")
@@ -816,8 +901,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        main()
-    except (DatasetError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    stopped = "stopped while preparing; run the same command again"
+    run_main(main, stopped, ModelError)

@@ -38,7 +38,7 @@ from data import (
 )
 from rollout import ALL_TOOLS, Task, user_prompt
 from sasrec import SASRec, train_sasrec
-from tools import TOOLS, Call, Context, ToolError, run_call
+from tools import TOOLS, Call, Context, ToolError, best, log_rank, run_call
 
 REPOSITORY = pathlib.Path(data.__file__).parent
 REAL = REPOSITORY.parent / "shared" / "data" / "office2018"
@@ -136,22 +136,28 @@ def weights(model):
     return {name: w.tolist() for name, w in model.state_dict().items()}
 
 
+def lifts(ds, sasrec):
+    """[kinds, kinds] what the tools fit."""
+    ctx = Context(ds, sasrec)
+    return np.array([ctx.lift(kind) for kind in range(len(ctx.kind_names))])
+
+
 def test_nothing_fitted_sees_validation_or_test(world):
     later = replaced(world, world.train_end)
     assert (later.fit_end, later.train_end) == (world.fit_end, world.train_end)
     torch.manual_seed(1)
     sasrec = SASRec(len(world.items)).eval()
-    fitted = Context(world, sasrec).transitions
-    assert np.array_equal(Context(later, sasrec).transitions, fitted)
+    fitted = lifts(world, sasrec)
+    assert np.array_equal(lifts(later, sasrec), fitted)
     baseline = weights(train_sasrec(world, world.train_end, epochs=1))
     assert weights(train_sasrec(later, later.train_end, epochs=1)) == baseline
     agent = replaced(world, world.fit_end)  # what the agent learns on is not fitted
     tool = weights(train_sasrec(world, world.fit_end, epochs=1))
     assert weights(train_sasrec(agent, agent.fit_end, epochs=1)) == tool
-    assert np.array_equal(Context(agent, sasrec).transitions, fitted)
+    assert np.array_equal(lifts(agent, sasrec), fitted)
     earlier = replaced(world, world.fit_end - 30 * DAY)  # the test can see a change
     assert weights(train_sasrec(earlier, world.fit_end, epochs=1)) != tool
-    assert not np.array_equal(Context(earlier, sasrec).transitions, fitted)
+    assert not np.array_equal(lifts(earlier, sasrec), fitted)
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
@@ -161,7 +167,7 @@ def test_samples_depend_on_dataset_and_seed_only(world):
     again = simulate_office(n_users=120)
     assert again.fingerprint() == world.fingerprint()
     make_splits(again)
-    assert again.splits == world.splits
+    assert every_sample(again) == every_sample(world)
     np.random.seed(3)  # no global state
     make_splits(again, seed=1)
     for name, samples in again.splits.items():
@@ -176,6 +182,19 @@ def test_a_samples_candidates_do_not_depend_on_the_other_samples(world):
     theirs = {s.id: s for s in every_sample(world)}
     assert len(mine) < len(theirs)
     assert all(theirs[i] == s for i, s in mine.items())
+
+
+def test_samples_are_drawn_when_asked_for_and_keep_their_place(world):
+    ds = simulate_office(n_users=120)
+    make_splits(ds)
+    train, test = ds.splits["train"], ds.splits["test"]
+    assert not train.drawn and not test.drawn
+    assert [s.id for s in test[5:9:2]] == [test[5].id, test[7].id] == list(test.rows[5:9:2])  # fmt: skip
+    assert test[-1] is test[len(test) - 1] and len(test.drawn) == 3
+    both = train + test
+    assert list(both) == list(train) + list(test) and both[len(train)] == test[0]
+    with pytest.raises(IndexError):
+        test[len(test)]
 
 
 def test_candidates_are_the_target_and_19_items_never_interacted_with(world):
@@ -225,7 +244,7 @@ def test_the_bundled_office_is_quick_and_says_that_it_is_simulated(monkeypatch, 
     assert time.process_time() - began < 5
     ds = load_dataset("office")
     assert ds.simulated and ds.name == "office-sim"
-    assert ds.describe().startswith("dataset office-sim: SIMULATED office-supplies shop (bundled, not real people); 3,000 users, 480 items, ")  # fmt: skip
+    assert ds.describe().startswith("dataset office-sim: SIMULATED office-supplies shop (bundled, not real people); 2,000 users, 1,800 items, ")  # fmt: skip
     assert all(item.id.startswith("SIM") for item in ds.items)
     assert len({item.title for item in ds.items}) == len(ds.items)
     assert load_dataset("office-sim").fingerprint() == ds.fingerprint()
@@ -283,6 +302,57 @@ def test_sasrec_beats_popularity_on_held_out_items(office):
     ours, popular = ndcg(scores, samples), ndcg(counts, samples)
     assert ours > popular + 0.05, (ours, popular)
     assert ours > 0.227 + 0.1, "the hit rate of chance"
+
+
+# ------------------------------------------------------------------------------------------- what the tools look up
+
+
+@pytest.fixture(scope="module")
+def crowded(world):
+    """`world` with a user of more than 32 interactions, one of none, and equal times."""
+    user, when = world.user.copy(), world.time // DAY * DAY
+    user[user < 4], user[user == 5] = 0, 6
+    return Context(copy(world, user, world.item, world.rating, when), SASRec(len(world.items)).eval())  # fmt: skip
+
+
+def test_look_ups_at_a_time_count_what_was_before_it(crowded):
+    ds = crowded.ds
+    assert len(ds.by_user[0]) > 34 and not len(ds.by_user[5])
+    for now in (0, *ds.time[::97], ds.time[-1] + 1):
+        counts, last = crowded.as_of(now)
+        earlier = ds.item[ds.time < now]
+        assert counts.tolist() == np.bincount(earlier, minlength=len(ds.items)).tolist()
+        past = [ds.item[ds.before(u, now)] for u in range(len(ds.users))]
+        assert (last >= 0).tolist() == [len(p) > 0 for p in past]
+        states = crowded.sasrec.states(past)[last >= 0]
+        expected = torch.nn.functional.normalize(states, dim=1)
+        found = torch.from_numpy(crowded.states[last[last >= 0]])
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_lifts_are_those_of_counted_pairs(crowded):
+    ds, n = crowded.ds, len(crowded.kind_names)
+    counts = np.zeros((n, n))
+    for u in range(len(ds.users)):
+        kinds = crowded.kind[ds.item[ds.before(u, ds.fit_end)]].tolist()
+        for i, a in enumerate(kinds):
+            for b in kinds[i + 1 : i + 3]:
+                counts[a, b] += 1
+    share = (counts.sum(0) + 1) / (counts.sum() + n)
+    expected = (counts + 10 * share) / (counts.sum(1, keepdims=True) + 10) / share
+    found = [crowded.lift(kind) for kind in range(n)]
+    assert np.allclose(found, expected, rtol=1e-5)
+
+
+def test_ranks_and_the_best_with_ties():
+    scores = np.array([3, 5, 5, -np.inf, 3, 3, 9], np.float32)
+    ranks = np.array([4, 1.5, 1.5, 6, 4, 4, 0])  # ties share the mean of their places
+    expected = 1 - np.log1p(ranks) / np.log(8)
+    assert np.allclose(log_rank(scores, range(7)), expected)
+    assert np.allclose(log_rank(scores, (6, 2)), expected[[6, 2]])
+    assert best(scores, 2).tolist() == [6, 1]
+    assert best(scores, 4).tolist() == [6, 1, 2, 0]
+    assert best(scores, 99).tolist() == [6, 1, 2, 0, 4, 5, 3]
 
 
 # ---------------------------------------------------------------------------------------------------------- real data

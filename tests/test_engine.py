@@ -1,17 +1,29 @@
 """The engine against dense computations: shared-prefix gradients, ragged sampling, stopping, masks and memory."""
 
+import contextlib
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import rollout as rollout_module
+from grpo import policy_gradient
 from model import (
-    Past,
+    LoRA,
     RaggedBatch,
     TrainRow,
+    add_lora,
+    checkpoint_layers,
     load_policy,
     micro_batches,
+    plain_copy,
     sample_tokens,
     save_policy,
     token_logprobs,
@@ -102,12 +114,12 @@ def scripted(policy, ctx, monkeypatch, seed=3):
     """Make the sampler write demonstrations (each row another one), so that rollouts have several turns."""
     scripts = {}
 
-    def forced(logits, temperature, uniform):
+    def forced(logits, temperature, uniform, greedy):
         tokens, _ = sample_tokens(logits, temperature, uniform)
         logprobs = torch.log_softmax(logits / temperature, -1)
-        for b, row in enumerate(forced.rows()):
-            if row is None or row.trajectory.end:
-                continue
+        ready = [r for r in forced.rows() if r and not r.trajectory.end]
+        ready = [r for r in ready if len(r.pending) == 1]
+        for b, row in enumerate(ready):
             key = id(row)
             if key not in scripts:
                 rng = np.random.default_rng([seed, len(scripts)])
@@ -125,6 +137,62 @@ def scripted(policy, ctx, monkeypatch, seed=3):
     forced.rows = lambda: live[0]
     monkeypatch.setattr(rollout_module.Rollout, "refill", refill)
     monkeypatch.setattr(rollout_module, "sample_tokens", forced)
+
+
+CALL = '<answer><tool_call>{"name": "get_user_profile", "arguments": {}}</tool_call>'
+
+
+def test_only_the_answer_is_greedy_and_it_gets_no_gradient(policy, ctx, monkeypatch):
+    """A call that mentions <answer>, then an opened answer after which the policy writes what it likes."""
+    call, scripts = policy.encode(CALL), {}
+
+    def forced(logits, temperature, uniform, greedy):
+        tokens, _ = sample_tokens(logits, temperature, uniform, greedy)
+        ready = [r for r in live[0] if r and not r.trajectory.end]
+        for b, row in enumerate(r for r in ready if len(r.pending) == 1):
+            thought = f"<think>{len(scripts)}</think><answer>"
+            rest = scripts.setdefault(id(row), call + policy.encode(thought))
+            if rest:
+                tokens[b] = rest.pop(0)
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+    live, refill = [], rollout_module.Rollout.refill
+
+    def watched(self):
+        refill(self)
+        live[:] = [self.rows]
+
+    monkeypatch.setattr(rollout_module.Rollout, "refill", watched)
+    monkeypatch.setattr(rollout_module, "sample_tokens", forced)
+    tasks = [Task(s) for s in ctx.ds.splits["train"][:2]]
+    groups = rollout(
+        policy, ctx, tasks, group_size=2, temperature=1.5, greedy_answer=True,
+        max_new_tokens=360,
+    )  # fmt: skip
+    opening, first = policy.encode("<answer>")[0], len(call)
+    total = 0.0
+    for group in groups:
+        for sign, t in zip((1, -1), group):
+            t.reward = 0.5 + 0.5 * sign
+            again = t.ids.index(opening, first)
+            actions = [i for i, action in enumerate(t.action_mask) if action]
+            sampled = {0, *range(first, again + 1)} & set(actions)
+            answer = [i for i in actions if i > again]
+            assert len(answer) > 3 and t.greedy == set(actions) - sampled
+            assert [i for i, chance in enumerate(t.chance_mask) if chance] == sorted(sampled)  # fmt: skip
+            ids = torch.tensor([t.prompt + t.ids])
+            logits = policy.model(ids).logits[0, len(t.prompt) - 1 : -1]
+            written = logits[answer].gather(1, ids[0, len(t.prompt) :][answer, None])
+            assert (written[:, 0] > logits[answer].amax(-1) - 1e-4).all()
+            logprobs = torch.log_softmax(logits / 1.5, -1)
+            chosen = logprobs[range(len(t.ids)), t.ids][sorted(sampled)]
+            total = total - sign * 0.5 * chosen.sum() / 4
+    want = gradient(policy, total)
+    policy.model.zero_grad()
+    policy_gradient(policy, groups, temperature=1.5)
+    got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert (got - want).norm() / want.norm() < 1e-4
 
 
 def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch):
@@ -145,6 +213,15 @@ def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch):
         [lp for t in trajectories for lp, m in zip(t.logprobs, t.action_mask) if m]
     )
     assert (sampled - dense).abs().max() < 1e-4
+
+
+def test_demonstrations_call_only_the_tools_that_the_flags_leave(policy, ctx):
+    rng, allowed = np.random.default_rng(0), ("get_user_profile", "get_similar_users")
+    for sample in ctx.ds.splits["train"][:20]:
+        t = demonstrate(policy, ctx, Task(sample), 10, rng, allowed=allowed)
+        assert {call.name for call in t.calls} <= set(allowed)
+        rng_none = np.random.default_rng(sample.id)
+        assert not demonstrate(policy, ctx, t.task, 10, rng_none, allowed=()).calls
 
 
 def test_tokens_do_not_depend_on_slots_or_neighbours(policy, ctx):
@@ -194,9 +271,7 @@ def test_extend_then_decode_equals_one_forward(policy):
         fed = [prompts[b // 2][-1], *suffix[b]]
         if len(fed) > 1:
             batch.extend([b], [fed[:-1]])
-    logits = batch.decode(
-        torch.tensor([s[-1] for s in suffix]), torch.ones(4, dtype=bool)
-    )
+    logits = batch.decode([0, 1, 2, 3], [s[-1] for s in suffix])
     policy.model.set_attn_implementation("eager")
     for b in range(4):
         want = policy.model(torch.tensor([prompts[b // 2] + suffix[b]])).logits[0, -1]
@@ -228,7 +303,6 @@ def test_plain_forward_is_causal_without_a_past(policy):
     ours = policy.model(ids).logits
     policy.model.set_attn_implementation("eager")
     assert torch.allclose(ours, policy.model(ids).logits, atol=1e-5)
-    assert Past("prefill").prompts == []
 
 
 def test_tiny_learning_rate_moves_a_bf16_policy(policy):
@@ -245,3 +319,134 @@ def test_tiny_learning_rate_moves_a_bf16_policy(policy):
         for p, b in zip(policy.model.parameters(), before)
     ]
     assert np.mean(moved) > 0.5
+
+
+def flat_gradients(policy):
+    return {n: p.grad for n, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def lora_policy(policy, rank=3):
+    """The policy with adapters that are not zero, so that both factors have a gradient."""
+    add_lora(policy, rank)
+    for name, parameter in policy.model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+def test_lora_gradient_is_the_full_one_on_the_adapted_product(policy, monkeypatch):
+    """dL/dB = scale dL/dW A^T and dL/dA = scale B^T dL/dW, dL/dW from a plain model with the merged weights."""
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    lora_policy(policy).model.double()
+    prompts, rows = random_rows(policy, [7, 4], [[9, 3], [5]])
+    token_logprobs(policy, prompts, rows)[0].sum().backward()
+    trained = flat_gradients(policy)
+    adapters = {n: m for n, m in policy.model.named_modules() if isinstance(m, LoRA)}
+    assert len(trained) == 2 * len(adapters) == 2 * 7 * 2
+    policy.model = plain_copy(policy.model, torch.float64).requires_grad_()
+    policy.model.zero_grad()
+    token_logprobs(policy, prompts, rows)[0].sum().backward()
+    full = flat_gradients(policy)
+    for name, m in adapters.items():
+        weight = full[f"{name}.weight"] * m.scale
+        assert torch.allclose(trained[f"{name}.b"], weight @ m.a.T, rtol=1e-9)
+        assert torch.allclose(trained[f"{name}.a"], m.b.T @ weight, rtol=1e-9)
+
+
+def test_lora_samples_and_saves_plain_merged_weights(policy, ctx, tmp_path):
+    names = list(policy.model.state_dict())
+    lora_policy(policy)
+    prompts, rows = random_rows(policy, [7, 4], [[9, 3], [5]])
+    save_policy(policy, tmp_path)
+    again = load_policy(str(tmp_path))
+    assert list(again.model.state_dict()) == names
+    with torch.no_grad():
+        want = token_logprobs(policy, prompts, rows)[0]
+        assert torch.allclose(token_logprobs(again, prompts, rows)[0], want, atol=1e-5)
+    tasks, args = [Task(ctx.ds.splits["test"][0])], {"group_size": 2}
+    ours, theirs = (
+        rollout(p, ctx, tasks, max_new_tokens=30, **args)[0] for p in (policy, again)
+    )
+    assert [t.ids for t in ours] == [t.ids for t in theirs]
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(policy, monkeypatch):
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    policy.model.double()
+    prompts, rows = random_rows(policy, [11, 7], [[9, 2, 14], [5]])
+    want = gradient(policy, token_logprobs(policy, prompts, rows)[0].sum())
+    checkpoint_layers(policy)
+    forwards = []
+    for layer in policy.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    logprobs = token_logprobs(policy, prompts, rows)[0]
+    assert len(forwards) == 4, "two layers, once for the prompts and once for the rows"
+    got = gradient(policy, logprobs.sum())
+    assert len(forwards) == 8
+    assert torch.allclose(got, want, rtol=1e-12)
+
+
+def test_sampler_and_trainer_agree_in_bf16(policy, ctx):
+    """The sampler's matrices are cast once, the trainer's at each use; both see the same numbers."""
+    policy.dtype = torch.bfloat16
+    tasks = [Task(s) for s in ctx.ds.splits["train"][:3]]
+    groups = rollout(policy, ctx, tasks, group_size=3, max_new_tokens=60)
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+    assert all(p.requires_grad for p in policy.model.parameters())
+    rows = [TrainRow(p, t.ids, t.action_mask) for p, g in enumerate(groups) for t in g]
+    sampled = [
+        x for g in groups for t in g for x, m in zip(t.logprobs, t.action_mask) if m
+    ]
+    with torch.no_grad():
+        trained, _ = token_logprobs(policy, [g[0].prompt for g in groups], rows)
+    gap = trained - torch.tensor(sampled)
+    assert (gap.exp() - 1 - gap).mean() < 1e-4
+
+
+def test_only_action_tokens_reach_the_vocabulary(policy, ctx):
+    """Logits are computed for tokens to sample and for action tokens, not for prompts and observations."""
+    seen = []
+    policy.model.lm_head.register_forward_hook(
+        lambda _, inputs, output: seen.append(len(output))
+    )
+    tasks = [Task(s) for s in ctx.ds.splits["train"][:2]]
+    groups = rollout(policy, ctx, tasks, group_size=2, max_new_tokens=40)
+    rows = [TrainRow(p, t.ids, t.action_mask) for p, g in enumerate(groups) for t in g]
+    assert sum(seen) == sum(sum(r.action_mask) for r in rows)
+    seen.clear()
+    prompts, rows = random_rows(policy, [17, 5], [[9, 23], [4]])
+    token_logprobs(policy, prompts, rows)
+    assert sum(seen) == sum(sum(r.action_mask) for r in rows)
+
+
+def memory_of_an_update(n_actions, vocabulary=151_936):
+    """Peak resident bytes of one update of 8 rows of `n_actions` tokens each; run in a process of its own."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, head_dim=8,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    policy = types.SimpleNamespace(
+        model=Qwen3ForCausalLM(config),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        autocast=contextlib.nullcontext,
+    )
+    policy.model.set_attn_implementation("shared_prefix")
+    prompts, rows = random_rows(policy, [500], [[n_actions] * 8])
+    rows = [TrainRow(0, r.ids, [1] * n_actions) for r in rows]
+    token_logprobs(policy, prompts, rows)[0].sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_memory_with_a_large_vocabulary():
+    """A vocabulary of 151,936 words: all logits of 8 x 250 actions at once would take 1.2 GB, three times over."""
+    command = [sys.executable, __file__, "250"]
+    env = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    assert int(done.stdout) < 2e9
+
+
+if __name__ == "__main__":  # PYTHONPATH=. python tests/test_engine.py 1000
+    print(memory_of_an_update(int(sys.argv[1])))

@@ -1,0 +1,273 @@
+"""eval.py: metrics and intervals by hand, rows that resume, probes, and one whole evaluation of a small shop."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+import eval as ev
+from data import Dataset, Item, Sample
+from model import save_policy
+from rollout import Task, append_observation, demonstrate, observe
+from sasrec import SASRec, save_sasrec
+from train import parse_args
+
+TINY = pathlib.Path(ev.HERE / "assets" / "tiny-agent")
+
+
+# ------------------------------------------------------------------------------------------------ metrics and intervals
+
+
+def test_metrics_of_two_seeds_are_averaged_for_each_sample():
+    lines = [[{"rank": r} for r in part] for part in ((1, 4, None), (2, 4, 11))]
+    assert ev.column(lines, "hit@1", 10).tolist() == [0.5, 0, 0]
+    mrr = ev.column(lines, "mrr", 10)
+    assert mrr.tolist() == [0.75, 0.25, 0]  # beyond k: not ranked
+    wanted = [(1 + 1 / np.log2(3)) / 2, 1 / np.log2(5), 0]
+    assert np.allclose(ev.column(lines, "ndcg@5", 10), wanted)
+
+
+def test_users_are_resampled_not_samples_and_differences_are_paired():
+    """99 samples of one user and one of another: a resample holds both, or one of them alone."""
+    users, values = np.array([0] * 99 + [1]), np.array([0.0] * 99 + [1.0])
+    columns = {"a": values, "b": values + 1, "b-a": np.ones(100)}
+    found = ev.intervals(columns, users, resamples=1000)
+    assert found["a"] == {"mean": 0.01, "lo": 0.0, "hi": 1.0}
+    assert found["b"] == {"mean": 1.01, "lo": 1.0, "hi": 2.0}
+    assert found["b-a"] == {"mean": 1.0, "lo": 1.0, "hi": 1.0}
+    assert ev.bootstrap(values, users, resamples=1000) == found["a"]
+
+
+def test_item_knn_by_hand():
+    """Users 0 and 1 bought items 0 and 1, user 2 item 1 alone; what user 0 buys after train_end does not count."""
+    user, item = np.array([0, 0, 1, 1, 2, 0, 2]), np.array([0, 1, 0, 1, 1, 2, 2])
+    items = [Item(str(i), str(i)) for i in range(3)]
+    time = np.arange(7)
+    ds = Dataset("hand", items, ["u", "v", "w"], user, item, np.full(7, 5), time)
+    ds.splits["valid"] = [Sample(5, 0, 5, (1, 2), 1)]
+    sample = Sample(6, 2, 6, (0, 2), 1)  # user 2 has bought item 1
+    assert np.allclose(ev.item_knn(ds, [sample]), [[2 / np.sqrt(3 * 2), 0]])
+
+
+@pytest.mark.parametrize(("scale", "power", "near"), [(1, 1, 0.2), (3, 16, 1)])
+def test_learned_fusion_minimises_its_loss(scale, power, near):
+    """Targets drawn from a softmax of known weights: they are found, and any step away raises the loss.
+
+    Whole Newton steps diverge on rare high scores (power 16), as on those of the bundled shop's user profile.
+    """
+    rng = np.random.default_rng(0)
+    scores, true = rng.random((4000, 3, 20)) ** power, scale * np.array([3, 0, -2])
+    noise = rng.gumbel(size=(4000, 20))
+    targets = (np.einsum("ntc,t->nc", scores, true) + noise).argmax(1)
+    found = ev.fit_fusion(scores, targets)
+    assert np.allclose(found, true, atol=near)
+
+    def loss(weights):
+        logits = np.einsum("ntc,t->nc", scores, weights)
+        chosen = logits[np.arange(4000), targets]
+        nll = np.log(np.exp(logits).sum(1)) - chosen
+        return nll.mean() + 1e-4 * (weights**2).sum()
+
+    for step in 1e-3 * np.concatenate([np.eye(3), -np.eye(3)]):
+        assert loss(found + step) > loss(found)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "tau"),
+    [
+        ([1, 2, 3], [1, 2, 3], 1),
+        ([1, 2, 3], [3, 2, 1], -1),
+        ([1, 2, 3], [1, 3, 2], 1 / 3),
+        ([1, 2], [1, 3], 1 / 3),  # 2 and 3 each tie for the other's last place
+    ],
+)
+def test_kendall(a, b, tau):
+    assert ev.kendall(a, b) == pytest.approx(tau)
+
+
+def test_reshuffled_keeps_candidates_and_positive(world):
+    s = world.splits["test"][0]
+    other = ev.reshuffled(s)
+    assert other.candidates != s.candidates
+    assert sorted(other.candidates) == sorted(s.candidates)
+    assert other.candidates[other.target] == s.candidates[s.target]
+
+
+def test_a_copied_order_is_told_from_a_fused_one(policy, ctx):
+    """A demonstration with one list copies it; with one digit changed in what was shown it no longer does."""
+    found = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        t = demonstrate(policy, ctx, Task(ctx.ds.splits["train"][seed]), 10, rng, 1)
+        text = policy.decode(t.ids)
+        line = {"valid": True, "text": text, "answer": t.answer}
+        if len(t.calls) == 1 and ":" in text.rsplit("\n", 1)[-1]:
+            assert ev.copied_tool(line) == t.calls[0].name
+            found.add(t.calls[0].name)
+            swapped = line | {"answer": [t.answer[1], t.answer[0], *t.answer[2:]]}
+            assert ev.copied_tool(swapped) is None
+            assert ev.copied_tool(line | {"valid": False}) is None
+    assert len(found) > 2
+
+
+# ------------------------------------------------------------------------------------------------------- kept trajectories
+
+
+@pytest.fixture
+def args(tmp_path, ctx):
+    save_sasrec(ctx.sasrec, tmp_path / "sasrec.safetensors")
+    return argparse.Namespace(
+        out=tmp_path, k=10, bonus=0.1, temperature=1.0, max_new_tokens=12,
+        dtype="float32", device="cpu", slots=4, seeds=[0], greedy_answer=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def rolled(monkeypatch):
+    """How many tasks each rollout was given."""
+    counts, real = [], ev.rollout
+
+    def counting(policy, ctx, tasks, **how):
+        counts.append(len(tasks))
+        return real(policy, ctx, tasks, **how)
+
+    monkeypatch.setattr(ev, "rollout", counting)
+    return counts
+
+
+def test_only_what_is_missing_is_sampled(args, ctx, policy, rolled):
+    save_policy(policy, args.out / "agent")
+    agent = ev.Agent("frozen", str(args.out / "agent"))
+    tasks = [Task(s) for s in ctx.ds.splits["test"][:3]]
+    first = ev.play(args, ctx, agent, tasks[:2], 0)
+    (file,) = (args.out / "rows").iterdir()
+    torn = file.read_text()
+    file.write_text(torn[: len(torn) - 40])  # killed while it wrote the second line
+    again = ev.play(args, ctx, agent, tasks, 0)
+    assert rolled == [2, 2]
+    assert [x["text"] for x in again[:2]] == [x["text"] for x in first]
+    assert [x["sample"] for x in again] == [t.sample.id for t in tasks]
+    ev.play(args, ctx, agent, tasks, 0)
+    assert rolled == [2, 2]
+    ev.play(args, ctx, agent, [Task(ev.reshuffled(tasks[0].sample))], 0)
+    ev.play(args, ctx, agent, tasks[:1], 1)  # another seed
+    args.temperature = 0.5
+    ev.play(args, ctx, agent, tasks[:1], 0)
+    args.greedy_answer = True
+    ev.play(args, ctx, agent, tasks[:1], 0)
+    assert rolled == [2, 2, 1, 1, 1, 1]
+
+
+def test_a_retrained_checkpoint_is_evaluated_again(args, ctx, policy, rolled):
+    agent = ev.Agent("rta", str(args.out / "rta"))
+    tasks = [Task(ctx.ds.splits["test"][0])]
+    for _ in range(2):
+        save_policy(policy, args.out / "rta")
+        ev.identity.cache_clear()
+        ev.play(args, ctx, agent, tasks, 0)
+        next(policy.model.parameters()).data += 0.1
+    assert rolled == [1, 1]
+
+
+def test_a_tool_that_is_off_says_so_and_costs_no_format(ctx, policy, world):
+    from rollout import ALL_TOOLS, Trajectory, act
+
+    t = Trajectory(Task(world.splits["test"][0]), [])
+    call = '<think>x</think><tool_call>{"name": "get_user_profile", "arguments": {}}'
+    shown = act(ctx, t, call + "</tool_call>", ALL_TOOLS)
+    ctx.unavailable = ("get_user_profile",)
+    try:
+        off = act(ctx, t, call + "</tool_call>", ALL_TOOLS)
+    finally:
+        ctx.unavailable = ()
+    assert "not available" in off and "not available" not in shown
+    assert not t.malformed and len(t.calls) == 2 and t.tool_seconds > 0
+    append_observation(t, observe(policy, off))
+    assert not any(t.action_mask)
+
+
+def test_agents_of_a_run_trained_without_tools(tmp_path):
+    """Its stage 1 is row "r", without tools, in its own evaluation and beside another run's."""
+    for name, flags in (("a", {}), ("b", {"no_tools": True}), ("c", {"tools": False})):
+        (tmp_path / name / "rta").mkdir(parents=True)
+        config = {"args": {"model": "x", **flags}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    names = {}
+    for name, models in (("a", ["b"]), ("b", ["a"]), ("a", ["b", "c"])):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        args = argparse.Namespace(
+            out=tmp_path / name, models=[tmp_path / m for m in models], agent=["react"]
+        )
+        agents = ev.run_agents(args, config)
+        names[name, *models] = {a.name: len(a.tools) for a in agents}
+    frozen = {"frozen_r": 0, "frozen": 7}
+    assert names["a", "b"] == frozen | {"rta": 7, "r": 0}
+    assert names["b", "a"] == frozen | {"r": 0, "model:a/rta": 7}
+    assert names["a", "b", "c"] == frozen | {"rta": 7, "r": 0, "model:c/rta": 0}
+
+
+def test_training_free_agents_are_untrained_models_with_rows_of_their_own(args, ctx, policy, rolled):  # fmt: skip
+    save_policy(policy, args.out / "other")
+    args.models, args.agent = [args.out / "other"], ["self-inspiring", "plan-first"]
+    agents = ev.run_agents(args, {"args": {"model": str(args.out / "other")}})
+    other = "/".join((args.out / "other").parts[-2:])
+    names = ["frozen_r", "frozen", f"model:{other}", "plan_first", f"plan_first:{other}"]  # fmt: skip
+    names += ["self_inspiring", f"self_inspiring:{other}"]
+    assert [a.name for a in agents] == names
+    ways = [agents[1], *agents[3::2]]
+    assert [a.strategy for a in ways] == ["react", "plan-first", "self-inspiring"]
+    for agent in ways * 2:
+        ev.play(args, ctx, agent, [Task(ctx.ds.splits["test"][0])], 0)
+    assert rolled == [1, 1, 1] and len(list((args.out / "rows").iterdir())) == 3
+
+
+def test_report_is_escaped_and_small(tmp_path):
+    def make(kept):
+        return {"texts": {"rta": [{"text": "</script><b>" + "x" * 10**5}] * kept}}
+
+    ev.write_report(tmp_path / "report.html", make)
+    page = (tmp_path / "report.html").read_text()
+    assert 500_000 < len(page) < 3_000_000
+    assert "</script><b>x" not in page and "\\u003c/script>\\u003cb>x" in page
+
+
+# ---------------------------------------------------------------------------------------------------- a whole evaluation
+
+
+def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
+    """The bundled agent on a small shop: documented keys, two seeds, probes; the report's payload is JSON."""
+    for name in ("sasrec", "sasrec_baseline"):
+        save_sasrec(SASRec(len(world.items)), tmp_path / f"{name}.safetensors")
+    flags = ("--slots", "2", "--device", "cpu", "--dtype", "float32")
+    settings = vars(parse_args(flags))
+    config = {"args": settings, "dataset": "d", "fingerprint": world.fingerprint()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(ev, "load_dataset", lambda *_: world)
+    flags = ("--samples", "6", "--seeds", "0", "1", "--probes", "3")
+    flags += ("--agent", "react", "plan-first")
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *flags])
+    ev.main()
+    result = json.loads((tmp_path / "eval.json").read_text())
+    names = ["random", "popularity", "itemknn", "sasrec", "fusion", "learned_fusion"]
+    names += ["oracle", "frozen_r", "frozen", "plan_first"]
+    assert set(names) <= set(result["rows"])
+    assert len(result["rows"]) == len(names) + 7  # and the tools
+    assert (result["split"], result["n"], result["k"]) == ("test", 6, 10)
+    frozen, knn = result["rows"]["frozen"], result["rows"]["itemknn"]
+    assert frozen["hit@1"] == frozen["ndcg@1"] and "mrr" in frozen
+    assert 0 < frozen["tool_ms"] < frozen["ms"] and frozen["tool_calls"] > 0
+    gap = result["paired"]["frozen-itemknn"]["ndcg@10"]["mean"]
+    assert gap == pytest.approx(frozen["ndcg@10"]["mean"] - knn["ndcg@10"]["mean"])
+    assert result["rows"]["plan_first"]["valid"] == 0  # it was never taught to plan
+    assert "frozen-plan_first" in result["paired"]
+    probes = result["probes"]
+    assert set(probes["without_tool"]) == set(ev.ALL_TOOLS)
+    assert probes["stability"]["resampled"]["n"] > 0
+    assert sum(g["n"] for g in probes["by_position"].values()) == 6
+    page = (tmp_path / "report.html").read_text()
+    start = page.index('id="payload">') + len('id="payload">')
+    assert json.loads(page[start : page.index("</script>", start)])["eval"] == result
+    assert "N@10 of frozen minus" in capsys.readouterr().out

@@ -1,0 +1,295 @@
+"""Several processes, memory, and the flags of the experiments.
+
+Two gloo ranks run under torchrun's own launcher, forked so that no rank has to import anything.
+"""
+
+import json
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_train import SHORT, read_metrics, run_main, small  # noqa: F401
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import train
+from grpo import ranks
+from model import (
+    QWEN3,
+    RaggedBatch,
+    TrainRow,
+    add_lora,
+    build_tiny_agent,
+    checkpoint_layers,
+    load_policy,
+    memory_need,
+    qwen3_config,
+    token_logprobs,
+)
+from ppr import bound_gradient, letter_rows
+from rollout import ALL_TOOLS, Task, demonstrate, trained_tools
+from tools import Call, run_call
+
+pytestmark = pytest.mark.usefixtures("small")
+FLAGS = (*SHORT, "--batch", 3, "--steps", 2, "--ppr-steps", 1, "--save-every", 1)
+FLAGS += ("--lr", 1e-3, "--temperature", 1.2)
+
+
+def rank_main(*flags):
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *map(str, flags)]
+    train.main()
+
+
+def torchrun(n, *flags):
+    """`torchrun --nproc_per_node n train.py flags` with this process's patches."""
+    config = LaunchConfig(
+        1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, rank_main)(*flags)
+
+
+def signal_rank_1(monkeypatch, stage, step):
+    """SIGTERM reaches one rank only; all must stop after the same step."""
+    original = train.grpo_step
+
+    def stopping(run, *at):
+        if at == (stage, step) and ranks()[0] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *at)
+
+    monkeypatch.setattr(train, "grpo_step", stopping)
+    yield
+    monkeypatch.setattr(train, "grpo_step", original)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Where the run of one process goes; made by the first test that needs it."""
+    return tmp_path_factory.mktemp("alone") / "run"
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)], ids=["data-parallel", "shard"])
+def test_two_ranks_equal_one_and_resume(monkeypatch, tmp_path, alone, more):
+    """Two ranks are stopped in stage 1; data parallel goes on alone, sharded with two: all as if never parallel."""
+    if not alone.exists():
+        run_main(monkeypatch, *FLAGS, "--out", alone)
+    out = tmp_path / "run"
+    stopping = signal_rank_1(monkeypatch, "rta", 1 if not more else 0)
+    next(stopping)
+    with pytest.raises(ChildFailedError) as failed:
+        torchrun(2, *FLAGS, *more, "--out", out)
+    assert {f.exitcode for f in failed.value.failures.values()} == {143}
+    next(stopping, None)
+    if more:
+        torchrun(2, "--resume", out)
+    else:
+        run_main(monkeypatch, "--resume", out)
+    for one, two in zip(read_metrics(alone), read_metrics(out), strict=True):
+        assert two.pop("stage") == one.pop("stage")
+        assert two == pytest.approx(one, rel=2e-3, abs=1e-5), "one log, same figures"
+    assert (alone / "hard_pairs.jsonl").read_text() == (out / "hard_pairs.jsonl").read_text()  # fmt: skip
+    start = load_file(train.HERE / "assets/tiny-agent/model.safetensors")
+    for stage in ("rta", "ppr"):
+        one = load_file(alone / stage / "model.safetensors")
+        two = load_file(out / stage / "model.safetensors")
+        assert one.keys() == two.keys()
+        assert max(float((one[k] - start[k]).abs().max()) for k in one) > 3e-4
+        assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_the_checkpoint(monkeypatch, tmp_path):
+    original = train.grpo_step
+
+    def dying(run, stage, step):
+        if step == 1 and ranks()[0] == 1:
+            (tmp_path / "died").write_text(str(time.monotonic()))
+            raise RuntimeError("out of luck")
+        return original(run, stage, step)
+
+    monkeypatch.setattr(train, "grpo_step", dying)
+    with pytest.raises(ChildFailedError, match="out of luck"):
+        torchrun(2, *FLAGS, "--stage", "rta", "--out", tmp_path / "r")
+    assert time.monotonic() - float((tmp_path / "died").read_text()) < 60
+    state = json.loads((tmp_path / "r" / "last" / "state.json").read_text())
+    assert state["step"] == 1
+    assert load_file(tmp_path / "r" / "last" / "model.safetensors")
+    assert len(read_metrics(tmp_path / "r")) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_known_models_have_their_published_sizes():
+    """Parameters in billions as the model cards say."""
+    for name, billions in zip(QWEN3, (0.6, 1.7, 4.0, 8.2), strict=True):
+        need = memory_need(qwen3_config(name), 4, False, 8, 1, 64, 64)
+        assert need["weights"] / 4 == pytest.approx(billions, abs=0.05)
+        split = memory_need(qwen3_config(name), 4, True, 8, 1, 64, 64)
+        for part in ("weights", "gradients", "Adam"):
+            assert split[part] == pytest.approx(need[part] / 4)
+
+
+def test_memory_of_keys_and_values_is_what_sampling_allocates(policy, monkeypatch):
+    monkeypatch.setattr("model.PROMPT", 9)
+    batch = RaggedBatch(policy, 3, 2)
+    batch.prefill([0, 1, 2], [[1] * 10] * 3)
+    for _ in range(67):  # more columns are made for tokens 1, 34 and 67
+        batch.decode(list(range(6)), [1] * 6)
+    held = sum(x.nbytes for pair in batch.prompts + batch.own for x in pair)
+    need = memory_need(policy.model.config, 1, False, 6, 3, 67, 1)
+    assert need["keys, values"] * 1e9 == held / 2, "bf16, held here in fp32"
+
+
+def saved_for_backward(policy) -> int:
+    """Bytes that autograd keeps in a bf16 update of 256 tokens, without weights and their bf16 copies."""
+    policy.dtype, model = torch.bfloat16, policy.model
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes, saved = {p.shape for p in model.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights and x.shape not in shapes:
+            saved[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+        return x
+
+    rows = [TrainRow(0, [1] * 16, [0] * 15 + [i == 0]) for i in range(15)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        token_logprobs(policy, [[1] * 17], rows)
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_activations_is_what_autograd_saves(texts, checkpointing):
+    """Two more layers; attention scores, which are not counted, are small for sequences this short."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    one, three = (
+        build_tiny_agent(texts, shape | {"num_hidden_layers": n}) for n in (1, 3)
+    )
+    how = (1, False, 1, 1, 1, 256, 0, checkpointing)
+    need = [
+        memory_need(p.model.config, *how)["activations"] * 1e9 for p in (one, three)
+    ]
+    held = 0
+    if checkpointing:
+        checkpoint_layers(one)
+        checkpoint_layers(three)
+        held = 2 * 256 * 4 * 32  # keys and values, which no hook sees
+    measured = saved_for_backward(three) - saved_for_backward(one) + held
+    assert need[1] - need[0] == pytest.approx(measured, rel=0.05)
+
+
+def test_memory_of_adapters(policy):
+    """Gradients and Adam of the adapters alone, counted on a model that has them."""
+    how = (policy.model.config, 1, False, 1, 1, 1, 1)
+    whole, need = memory_need(*how), memory_need(*how, 4)
+    before = sum(p.numel() for p in policy.model.parameters())
+    add_lora(policy, 4)
+    after = sum(p.numel() for p in policy.model.parameters())
+    assert whole["gradients"] * 1e9 == pytest.approx(4 * before)
+    assert need["weights"] * 1e9 == pytest.approx(4 * after)
+    for part, size in (("gradients", 4), ("Adam", 8)):
+        assert need[part] * 1e9 == pytest.approx(size * (after - before))
+
+
+# ------------------------------------------------------------------------------------------------- flags of experiments
+
+
+@pytest.fixture
+def questions(policy, ctx):
+    """Two pairs in both directions, two trajectories each, with observations."""
+    rng = np.random.default_rng(0)
+    tasks = [
+        Task(s, (s.target + 1, (s.target + 3) % 20 + 1), more)
+        for s in ctx.ds.splits["train"][:2]
+        for more in (True, False)
+    ]
+    return [[demonstrate(policy, ctx, t, 10, rng, 2) for _ in "ab"] for t in tasks]
+
+
+def test_the_bound_s_gradient_is_that_of_proposition_2(policy, questions):
+    """Micro-batched two-pass gradient against autograd through the formula; right letters by hand."""
+    found = bound_gradient(policy, questions, micro_tokens=900)
+    got = [p.grad.clone() for p in policy.model.parameters()]
+    policy.model.zero_grad()
+    total = 0.0
+    for t in (t for group in questions for t in group):
+        rows = letter_rows(policy, t, 0)
+        letters = [policy.decode(r.ids[-1:]) for r in rows]
+        assert letters == list("AB" if t.task.more else "BA"), "the positive is A"
+        evidence = "</observation>" if t.calls else ""
+        assert policy.decode(rows[0].ids[:-1]).endswith(evidence + "<answer>\\boxed{")
+        assert [sum(r.action_mask) for r in rows] == [1, 1]
+        right, wrong = token_logprobs(policy, [t.prompt], rows)[0]
+        total = total + F.softplus(wrong - right) / (2 * 2)  # two pairs, G = 2
+    total.backward()
+    assert found["bound"] == pytest.approx(float(total.detach()), rel=1e-4)
+    for a, p in zip(got, policy.model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_stage_2_runs_with_one_direction_the_bound_and_fewer_tools(
+    monkeypatch, tmp_path
+):
+    asked = []
+    original = train.rollout
+
+    def watching(policy, ctx, tasks, **how):
+        asked.append(([t.more for t in tasks if t.pair], how["tools"]))
+        return original(policy, ctx, tasks, **how)
+
+    monkeypatch.setattr(train, "rollout", watching)
+    flags = (*SHORT, "--batch", 4, "--steps", 0, "--ppr-steps", 1, "--ppr-lr", 1e-3)
+    flags += ("--ppr-directions", "less", "--ppr-objective", "logistic")
+    flags += ("--without-tool", "candidates_analyze", "--out", tmp_path / "r")
+    run_main(monkeypatch, *flags)
+    (line,) = read_metrics(tmp_path / "r")
+    assert (
+        line["bound"] > 0 and 0 <= line["pair_accuracy"] <= 1 and line["grad_norm"] > 0
+    )
+    assert asked[-1][0] == [False, False], "half of four prompts, all LESS"
+    assert all(
+        set(ALL_TOOLS) - set(tools) == {"candidates_analyze"} for _, tools in asked
+    )
+    assert trained_tools(vars(train.parse_args(["--no-tools"]))) == ()
+
+
+def test_profiles_are_written_once_and_shown(monkeypatch, tmp_path):
+    flags = ("--stage", "rta", "--steps", 2, "--save-every", 1, "--profiles", "llm")
+    flags = (*SHORT, *flags, "--test-samples", 3, "--out", tmp_path / "r")
+    made, shown = [], []
+
+    def texts(policy, prompts, limit=80):
+        made.extend(policy.decode(p) for p in prompts)
+        return [f"likes <b>{i}" for i in range(len(prompts))]
+
+    def step(run, stage, number):
+        sample = train.stage_tasks(run, stage, number)[0].sample
+        shown.append(run_call(run.ctx, sample, Call("get_user_profile", {})).text)
+        run.stop = signal.SIGTERM * (number == 0)
+        return {"stage": stage, "step": number + 1, "loss": 0.0}, []
+
+    monkeypatch.setattr(train, "complete", texts)
+    monkeypatch.setattr(train, "grpo_step", step)
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *flags)
+    run_main(monkeypatch, "--resume", tmp_path / "r")
+    assert len(made) == 2 * 2 + 3, (
+        "two steps of two prompts and three test samples, once"
+    )
+    assert all("long-term taste" in prompt for prompt in made)
+    assert all(text.startswith("likes ‹b›") for text in shown) and len(shown) == 2
+
+
+def test_completions_do_not_depend_on_their_neighbours(ctx):
+    policy = load_policy(str(train.HERE / "assets/tiny-agent"))
+    prompts = [train.profile_prompt(policy, ctx, s) for s in ctx.ds.splits["test"][:3]]
+    together = train.complete(policy, prompts, 12)
+    assert together == [train.complete(policy, [p], 12)[0] for p in prompts]
+    assert any(together)
