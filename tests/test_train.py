@@ -1,6 +1,5 @@
 """The driver on a miniature world: learning, exact resume, stopping, the run folder and its refusals."""
 
-import functools
 import json
 import re
 import signal
@@ -8,22 +7,16 @@ import sys
 
 import pytest
 import torch
+from rank import shrink
 from safetensors.torch import load_file
 
-import data
 import train
-from sasrec import train_sasrec
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A 150-user shop and one epoch of SASRec in place of the bundled world's sizes."""
-    monkeypatch.setattr(
-        data, "simulate_office", functools.partial(data.simulate_office, 150)
-    )
-    monkeypatch.setattr(
-        train, "train_sasrec", functools.partial(train_sasrec, epochs=1)
-    )
+    shrink(monkeypatch.setattr)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
