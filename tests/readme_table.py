@@ -1,70 +1,87 @@
-"""Print the README's result tables from finished run folders: mean over runs, pooled 95% intervals, paired differences.
+"""The README's result tables from finished run folders: print one, or put it between its marks in README.md.
 
     python tests/readme_table.py runs/office-0 runs/office-1 runs/office-2
+    python tests/readme_table.py runs/office-* --into office     # replaces what stands between <!-- office --> and <!-- end -->
 
 Run by hand. A cell is the mean over the runs of a row's mean; its interval is the mean of the runs' intervals (the runs
-share the test samples, so it covers the choice of users), and the range over the runs shows the choice of seed.
+share the test samples, so it covers the choice of users), and "by run" shows the choice of seed.
 """
 
+import argparse
 import json
 import pathlib
-import sys
+import re
 
-METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10", "mrr")
+README = pathlib.Path(__file__).parent.parent / "README.md"
+METRICS = {"hit@1": "H@1", "hit@5": "H@5", "hit@10": "H@10", "ndcg@5": "N@5", "ndcg@10": "N@10", "mrr": "MRR"}  # fmt: skip
+WITH_INTERVAL = ("hit@1", "ndcg@10")
+PAIRS = re.compile("ppr-|rta-frozen$|rta-r$|r-frozen|.*-fusion$")
 
 
-def mean(values):
+def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def common(results, part):
+def common(results: list[dict], part: str) -> list[str]:
+    """Names that every run has."""
     return [x for x in results[0][part] if all(x in r[part] for r in results)]
 
 
-def cell(results, row, metric):
-    parts = [r["rows"][row][metric] for r in results]
-    return " ".join(
-        [
-            f"{mean([p['mean'] for p in parts]):.3f}",
-            f"({mean([p['lo'] for p in parts]):.3f}–{mean([p['hi'] for p in parts]):.3f})",
-        ]
-    )
+def cell(runs: list[dict], metric: str) -> str:
+    """Mean of the runs' means, with the mean of their intervals where it is shown."""
+    m, lo, hi = (mean([r[metric][x] for r in runs]) for x in ("mean", "lo", "hi"))
+    return f"{m:.3f} ({lo:.3f}–{hi:.3f})" if metric in WITH_INTERVAL else f"{m:.3f}"
 
 
-def main(folders):
-    results = [json.loads((pathlib.Path(f) / "eval.json").read_text()) for f in folders]
-    print(
-        f"{len(results)} runs, {results[0]['split']} split, {results[0]['n']} samples\n"
-    )
-    print(
-        "| row | H@1 | H@5 | H@10 | N@5 | N@10 | MRR | N@10 by run | valid | calls | ms | in tools |"
-    )
-    print("|---" * 13 + "|")
+def table(results: list[dict]) -> list[str]:
+    """A line for each row that all runs have."""
+    lines = [f"| row | {' | '.join(METRICS.values())} | N@10 by run | valid | calls |"]
+    lines += ["|---" * (len(METRICS) + 4) + "|"]
     for row in common(results, "rows"):
-        cells = [cell(results, row, m) for m in METRICS]
         runs = [r["rows"][row] for r in results]
-        by_run = " ".join(f"{r['ndcg@10']['mean']:.3f}" for r in runs)
-        agent = ["", "", "", ""]
-        if runs[0]["valid"] is not None:
-            agent = [
-                f"{mean([r['valid'] for r in runs]):.1%}",
-                f"{mean([r['tool_calls'] for r in runs]):.2f}",
-                f"{mean([r['ms'] for r in runs]):.0f}",
-                f"{mean([r['tool_ms'] for r in runs]):.1f}",
-            ]
-        print("| " + " | ".join([row, *cells, by_run, *agent]) + " |")
-    print(
-        "\n| difference | metric | by run: mean [95% paired interval] |\n|---|---|---|"
-    )
-    for pair in common(results, "paired"):
-        if pair.startswith("ppr-") or pair in ("rta-frozen", "rta-r", "r-frozen"):
-            for metric in ("ndcg@10", "hit@1"):
-                parts = [r["paired"][pair][metric] for r in results]
-                text = "; ".join(
-                    f"{p['mean']:+.3f} [{p['lo']:+.3f}, {p['hi']:+.3f}]" for p in parts
-                )
-                print(f"| {pair} | {metric} | {text} |")
+        cells = [cell(runs, m) for m in METRICS]
+        cells += [" ".join(f"{r['ndcg@10']['mean']:.3f}" for r in runs)]
+        if runs[0]["valid"] is None:
+            cells += ["", ""]
+        else:
+            cells += [f"{mean([r['valid'] for r in runs]):.1%}"]
+            cells += [f"{mean([r['tool_calls'] for r in runs]):.2f}"]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return lines
+
+
+def differences(results: list[dict]) -> list[str]:
+    """Paired differences, a run each."""
+    lines = ["| difference | N@10 by run: mean [95% paired interval] | H@1 |"]
+    lines += ["|---|---|---|"]
+    for pair in filter(PAIRS.match, common(results, "paired")):
+        cells = []
+        for metric in ("ndcg@10", "hit@1"):
+            parts = [r["paired"][pair][metric] for r in results]
+            texts = (
+                f"{p['mean']:+.3f} [{p['lo']:+.3f}, {p['hi']:+.3f}]" for p in parts
+            )
+            cells.append("; ".join(texts))
+        lines.append(f"| {pair.replace('-', ' - ')} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--into", help="name of the mark in README.md")
+    args = parser.parse_args()
+    results = [json.loads((run / "eval.json").read_text()) for run in args.runs]
+    text = "\n".join([*table(results), "", *differences(results)])
+    if not args.into:
+        n, split = results[0]["n"], results[0]["split"]
+        return print(f"{len(results)} runs, {n} {split} samples\n\n{text}")
+    start, end = f"<!-- {args.into} -->", "<!-- end -->"
+    before, _, rest = README.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    assert found, f"README.md has no {start} ... {end}"
+    README.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
