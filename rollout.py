@@ -600,11 +600,14 @@ def demonstrate(
 
     The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
     trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
-    to learning. `hasty` ones stop before each call with probability 1/2, others call 0 to `max_calls` tools. Whatever follows from these choices is always the same: chance there would only be noise to learn.
+    to learning. There are 0 to `max_calls` calls; half of the `hasty` ones answer at once, the others make one call less
+    at most. Whatever follows from these choices is always the same: chance there would only be noise to learn.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
-    n_calls = rng.geometric(0.5) - 1 if hasty else rng.integers(max_calls + 1)
+    n_calls = rng.integers(max_calls + 1)
+    if hasty:
+        n_calls = rng.integers(2) * rng.integers(max_calls)
     names = rng.permutation(allowed)[: n_calls if tools else 0]
     if rng.random() < 0.1:  # some tools are asked twice
         names = rng.choice(allowed, len(names))

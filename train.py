@@ -306,8 +306,8 @@ def mine_pairs(run: Run) -> None:
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     """One step of imitation of scripted demonstrations: mean cross-entropy over their action tokens.
 
-    Curriculum: one call at first (copying), then up to two and up to five (adding up); at last mostly few calls, so
-    that the agent can use many tools and has to find out that it pays.
+    Curriculum: one call at first (copying), then up to two and up to five (adding up); at last often none and
+    at most four, so that the agent can use many tools and has to find out that it pays, and which.
     """
     args, policy, began = run.args, run.policy, time.perf_counter()
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
@@ -322,7 +322,7 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
             pair = tuple(two.tolist())
         task = Task(sample, pair, bool(rng.random() < 0.5))
         for _ in range(args.group_size):
-            hasty = progress > 0.9
+            hasty = progress > 0.85
             script = (args.k, rng, max_calls, hasty, trained_tools(vars(args)))
             t = demonstrate(policy, run.ctx, task, *script)
             if not prompts or t.prompt != prompts[-1]:
