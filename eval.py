@@ -254,6 +254,7 @@ def row_file(args, ctx: Context, agent: Agent, seed: int, off: tuple) -> pathlib
     settings += [identity(args.out / "sasrec.safetensors")]
     settings += [sorted(ctx.profiles.items()), args.k, args.bonus, args.temperature]
     settings += [args.greedy_answer, args.max_new_tokens, args.dtype, args.device]
+    settings += [ctx.title_limit]
     settings += [agent.strategy] if agent.strategy != "react" else []
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     return args.out / "rows" / f"{re.sub(r'[^a-z0-9_]+', '-', agent.name)}-{key}.jsonl"
@@ -628,7 +629,7 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
             raise ModelError(f"{args.out}: no {name}; give a folder that train.py made")
     config = json.loads((args.out / "config.json").read_text())
     own = config["args"]
-    names = "device greedy_answer k bonus dtype max_new_tokens"
+    names = "device greedy_answer k bonus dtype max_new_tokens title_chars"
     for name in names.split():
         if getattr(args, name, None) is None:
             setattr(args, name, own[name])
@@ -637,7 +638,8 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
     if ds.fingerprint() != config["fingerprint"]:
         raise DatasetError(f"{args.out}: its dataset has changed since; restore it")
     sasrec = load_sasrec(args.out / "sasrec.safetensors", len(ds.items))
-    return config, Context(ds, sasrec, read_profiles(args.out / PROFILES))
+    profiles = read_profiles(args.out / PROFILES)
+    return config, Context(ds, sasrec, profiles, args.title_chars)
 
 
 def evaluate(

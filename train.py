@@ -121,6 +121,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
     ("max-new-tokens", int, (640, 6144), "of a trajectory with its observations"),
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
+    ("title-chars", int, (30, 60), "titles are cut to so many characters"),
     ("k", int, 10, "length of the ranking, K (paper: 10)"),
     ("bonus", float, 0.1, "reward for rank 1 with a tool (paper: 0.1)"),
     ("max-grad-norm", float, 1.0, "gradient clipping"),
@@ -149,7 +150,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("test-samples", int, 500, "test samples of the final table"),
     ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
 )
-POSITIVE = """lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
+POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
     max_new_tokens micro_tokens slots save_every test_samples"""
 NOT_NEGATIVE = "steps ppr_steps warmup_steps seed bonus lora_rank"
 
@@ -771,7 +772,7 @@ def open_run(args: argparse.Namespace) -> Run:
     if rank == 0:
         prepare(args, out, ds)
     over_ranks([0])  # the others wait for what rank 0 prepares
-    ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
+    ctx = make_context(args, out, ds)
     path = HERE / args.model if (HERE / args.model).is_dir() else args.model
     sharded = args.shard and n > 1
     policy = load_policy(str(path), "cpu" if sharded else args.device, args.dtype)
@@ -807,9 +808,15 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
             put(out / f"{name}.safetensors", functools.partial(save_sasrec, model))
     start = out / "start"  # kept: its tokenizer must not change on resuming
     if args.model == str(start) and not start.exists():
-        ctx = Context(ds, load_sasrec(out / "sasrec.safetensors", len(ds.items)))
+        ctx = make_context(args, out, ds)
         texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
         put(start, functools.partial(save_policy, build_tiny_agent(texts)))
+
+
+def make_context(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> Context:
+    """What the tools look things up in."""
+    sasrec = load_sasrec(out / "sasrec.safetensors", len(ds.items))
+    return Context(ds, sasrec, title_limit=args.title_chars)
 
 
 def lock(out: pathlib.Path) -> None:

@@ -213,12 +213,20 @@ def test_stage_2_runs_with_one_direction_the_bound_and_fewer_tools(
 
     def watching(policy, ctx, tasks, **how):
         asked.append(([t.more for t in tasks if t.pair], how["tools"]))
+        assert max(map(len, ctx.titles)) == 12
         return original(policy, ctx, tasks, **how)
 
     monkeypatch.setattr(train, "rollout", watching)
     flags = (*SHORT, "--batch", 4, "--steps", 0, "--ppr-steps", 1, "--ppr-lr", 1e-3)
     flags += ("--ppr-directions", "less", "--ppr-objective", "logistic")
-    flags += ("--without-tool", "candidates_analyze", "--out", tmp_path / "r")
+    flags += (
+        "--without-tool",
+        "candidates_analyze",
+        "--title-chars",
+        12,
+        "--out",
+        tmp_path / "r",
+    )
     run_main(monkeypatch, *flags)
     (line,) = read_metrics(tmp_path / "r")
     assert (
