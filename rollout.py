@@ -627,11 +627,10 @@ def demonstrate(
             title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
         call = Call(name, {argument: title} if argument else {})
         thought = TOPIC[name] + (f": {trust}" if name != "item_info_search" else "")
-        write(
-            policy,
-            t,
-            f"<think>{thought}</think><tool_call>{json.dumps(call.__dict__)}</tool_call>",
-        )
+        spoken = json.dumps(
+            vars(call), ensure_ascii=False
+        )  # titles as the prompt has them
+        write(policy, t, f"<think>{thought}</think><tool_call>{spoken}</tool_call>")
         try:
             observation = run_call(ctx, task.sample, call)
         except ToolError as e:

@@ -72,6 +72,15 @@ def differences(results: list[dict]) -> list[str]:
     return lines
 
 
+def put_into_readme(name: str, text: str) -> None:
+    """Replace what README.md has between <!-- name --> and the next <!-- end -->."""
+    start, end = f"<!-- {name} -->", "<!-- end -->"
+    before, _, rest = README.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    assert found, f"README.md has no {start} ... {end}"
+    README.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
@@ -82,11 +91,7 @@ def main() -> None:
     if not args.into:
         n, split = results[0]["n"], results[0]["split"]
         return print(f"{len(results)} runs, {n} {split} samples\n\n{text}")
-    start, end = f"<!-- {args.into} -->", "<!-- end -->"
-    before, _, rest = README.read_text().partition(start)
-    _, found, after = rest.partition(end)
-    assert found, f"README.md has no {start} ... {end}"
-    README.write_text(f"{before}{start}\n{text}\n{end}{after}")
+    put_into_readme(args.into, text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""The variants of the README's experiments: train what is missing, then print each against the default, paired.
+
+    python tests/experiments.py --run default std token-mean        # three seeds each, two runs at a time
+    python tests/experiments.py                                      # the table of what is there, nothing is trained
+    python tests/experiments.py --into experiments                   # puts it between its marks in README.md
+
+Run by hand (a run takes 3 to 10 minutes of one core). Each variant changes one thing of `default`: those of STAGE_1 train
+stage 1 alone, those of STAGE_2 start from the default run's stage 1 and are compared with its stage 2. A difference is taken for each test sample with the same seed's reference,
+averaged over the seeds; its 95% interval resamples users. --dataset and --model ask the same of other data or another agent.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from readme_table import put_into_readme
+
+from eval import column, intervals, read_jsonl
+
+STAGE_1 = {
+    "default": "",
+    "no tools": "--no-tools",
+    "G 2": "--group-size 2 --batch 48",
+    "G 4": "--group-size 4 --batch 24",
+    "G 16": "--group-size 16 --batch 6",
+    "leave-one-out": "--baseline loo",
+    "divided by std": "--divide-by-std",
+    "mean over tokens": "--token-mean",
+    "no bonus": "--bonus 0",
+    "negative groups kept": "--keep-negative-groups",
+    "answers sampled": "--no-greedy-answer",
+} | {
+    f"no {name}": f"--without-tool {name}"
+    for name in (
+        "get_user_profile", "item_info_search", "candidates_analyze", "get_session_behavior",
+        "get_rating_behavior", "get_similar_items", "get_similar_users",
+    )
+}  # fmt: skip
+STAGE_2 = {
+    "stage 2": "",
+    "random negatives": "--random-negatives",
+    "asked for more only": "--ppr-directions more",
+    "asked for less only": "--ppr-directions less",
+    "bound as a loss": "--ppr-objective logistic",
+    "pairs only": "--list-share 0",
+    # as many trajectories (96 x 15) as stage 2's mining and steps take (320 + 96 x 12), at its learning rate
+    "more of stage 1": "--stage rta --steps 15 --lr 5e-5",
+}
+
+
+def folder(args, name: str, seed: int) -> pathlib.Path:
+    """Where a variant's run is; the default's own stage 2 is in the default run."""
+    name = "default" if name == "stage 2" else name
+    return args.runs / f"{args.dataset}-{name.replace(' ', '-')}-{seed}"
+
+
+def train(args, name: str, seed: int) -> None:
+    """One run, continued if it was interrupted; nothing if it is done."""
+    out = folder(args, name, seed)
+    if (out / "eval.json").exists():
+        return
+    if (out / "metrics.jsonl").exists():
+        flags = ["--resume", str(out)]
+    else:
+        flags = ["--dataset", args.dataset, "--out", str(out), "--overwrite"]
+        flags += ["--data-dir", args.data_dir] if args.data_dir else []
+        flags += ["--test-samples", str(args.samples)]
+        if name == "more of stage 1":  # on other samples than the first time
+            flags += ["--seed", str(seed + 10)]
+        else:
+            flags += ["--seed", str(seed)]
+        if name in STAGE_2:
+            start = folder(args, "default", seed) / "rta"
+            flags += ["--stage", "ppr", "--model", str(start)]
+        else:
+            flags += ["--model", args.model] if args.model else []
+            flags += ["--stage", "rta"] if name != "default" else []
+        flags += (STAGE_1 | STAGE_2)[name].split()
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{out}.log", "a") as log:
+        how = {"stdout": log, "stderr": log, "env": one_thread}
+        done = subprocess.run(command, check=False, **how)
+    print(out, f"failed, see {out}.log" if done.returncode else "done", flush=True)
+
+
+def lines(args, name: str, seed: int) -> list[dict] | None:
+    """What eval.py kept of the trained agent on the test samples, by sample; None if there is no such run."""
+    out = folder(args, name, seed)
+    if not (out / "eval.json").exists():
+        return None
+    stage = "ppr" if name in STAGE_2 and "rta" not in STAGE_2[name] else "rta"
+    stage = "r" if name == "no tools" else stage
+    files = list((out / "rows").glob(f"{stage}-*.jsonl"))
+    assert len(files) == 1, f"{out}/rows: {len(files)} files of {stage}"
+    asked = [x for x in read_jsonl(files[0]) if not x["pair"]]
+    return sorted(asked, key=lambda x: x["sample"])
+
+
+def row(name: str, runs: list[list[dict]], against: list[list[dict]] | None) -> str:
+    """One line of the table; the differences are paired with the runs `against`."""
+    users = np.array([x["user"] for x in runs[0]])
+    metrics = ("ndcg@10", "hit@1")
+    values = {m: np.array([column([r], m, 10) for r in runs]) for m in metrics}
+    every = [x for r in runs for x in r]
+    cells = [name, " ".join(f"{x:.3f}" for x in values["ndcg@10"].mean(1))]
+    cells += [f"{values[m].mean():.3f}" for m in metrics]
+    cells += [f"{np.mean([x['valid'] for x in every]):.1%}"]
+    cells += [f"{np.mean([len(x['calls']) for x in every]):.2f}"]
+    if against:
+        base = {m: [column([r], m, 10) for r in against] for m in metrics}
+        gain = {m: (values[m] - base[m]).mean(0) for m in metrics}
+        for x in intervals(gain, users).values():
+            cells += [f"{x['mean']:+.3f} [{x['lo']:+.3f}, {x['hi']:+.3f}]"]
+    else:
+        cells += ["", ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(args) -> str:
+    """A row for each variant that has runs for all seeds."""
+    out = ["| variant | N@10 by run | N@10 | H@1 | valid | calls | N@10 minus its reference | H@1 minus its reference |"]  # fmt: skip
+    out += ["|---" * 8 + "|"]
+    for name in [*STAGE_1, *STAGE_2]:
+        against = "stage 2" if name in STAGE_2 and name != "stage 2" else "default"
+        runs, base = ([lines(args, x, s) for s in args.seeds] for x in (name, against))
+        if None not in runs and None not in base:
+            out.append(row(name, runs, base if name != "default" else None))
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", nargs="*", default=[], help="variants, or all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs")
+    parser.add_argument("--dataset", default="office")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--model", help="the agent to start from")
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--into", help="name of the mark in README.md")
+    args = parser.parse_args()
+    args.runs.mkdir(exist_ok=True)
+    known = [*STAGE_1, *STAGE_2]
+    names = known if args.run == ["all"] else args.run
+    unknown = [x for x in names if x not in known]
+    if unknown:
+        parser.error(f"{unknown[0]}: not one of {', '.join(known)}")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for part in ("default", *STAGE_1), STAGE_2:  # stage 2 starts from the default
+            jobs = [(x, s) for x in part for s in args.seeds if x in names]
+            list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
+    text = table(args)
+    put_into_readme(args.into, text) if args.into else print(text)
+
+
+if __name__ == "__main__":
+    main()
