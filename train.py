@@ -726,6 +726,8 @@ def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
         args.model, args.warmup_steps = "new", args.warmup_steps or 1500
+    if args.no_tools and args.greedy_answer is None:
+        args.greedy_answer = False  # else a group's trajectories would all be the same
     for name, _, default, _ in (flag for flag in FLAGS if not isinstance(flag, str)):
         name = name.replace("-", "_")
         if isinstance(default, tuple) and getattr(args, name) is None:
