@@ -72,6 +72,17 @@ def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
     sys.exit(2)
 
 
+def read_jsonl(path: pathlib.Path) -> list[dict]:
+    """The objects in a file, without lines that an interruption cut; none if there is no such file."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
 @dataclass(frozen=True)
 class Item:
     """One product; everything but id and title may be None (unknown)."""
@@ -174,7 +185,10 @@ class Samples(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return Samples(self.ds, self.rows[i], self.seed, self.drawn)
-        row = int(self.rows[i])
+        return self.of(int(self.rows[i]))
+
+    def of(self, row: int) -> Sample:
+        """The sample whose positive is interaction `row`, which is its id."""
         if row not in self.drawn:
             self.drawn[row] = draw_sample(self.ds, row, self.seed)
         return self.drawn[row]

@@ -1,7 +1,7 @@
 """Metrics with confidence intervals, baselines, probes and the report: all of the README's tables and figures.
 
     python eval.py runs/NAME                      # all rows on the test split -> table, eval.json, report.html
-    python eval.py runs/NAME --seeds 0 1 2        # agents sampled three times, averaged for each sample
+    python eval.py runs/NAME --seeds 0 1 2 --temperature 0.6    # agents sampled three times, averaged
     python eval.py runs/NAME --models runs/R      # other runs or checkpoints in the same table
     python eval.py runs/NAME --agent plan-first   # also the paper's training-free agents: InteRecAgent's way, RecMind's
     python eval.py runs/NAME --probes --plot      # what a sceptic asks; figures for a paper (needs matplotlib)
@@ -29,10 +29,18 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from data import Dataset, DatasetError, Sample, history, load_dataset, run_main
-from grpo import list_reward, ndcg, rank_of_positive
+from data import (
+    Dataset,
+    DatasetError,
+    Sample,
+    history,
+    load_dataset,
+    read_jsonl,
+    run_main,
+)
+from grpo import ndcg, rank_of_positive
 from model import ModelError, Policy, load_policy
-from ppr import HardPair, pair_reward, pair_tasks
+from ppr import HardPair, pair_tasks, reward
 from rollout import ALL_TOOLS, STRATEGIES, Task, rollout, trained_tools
 from sasrec import load_sasrec
 from tools import PROFILES, Context, read_profiles, tool_scores
@@ -215,7 +223,7 @@ def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
     own, tools = config["args"]["model"], own_tools(args.out)
     folders = (args.out / "warmup", HERE / own)
     base = str(next((folder for folder in folders if folder.is_dir()), own))
-    agents = [Agent("frozen_r", base, ()), Agent("frozen", base)]
+    agents = [Agent("frozen_r", base, ()), Agent("frozen", base, tools or ALL_TOOLS)]
     for stage in ("rta", "ppr"):
         if (args.out / stage).is_dir():
             name = "r" if stage == "rta" and not tools else stage
@@ -266,17 +274,6 @@ def task_key(task: Task) -> str:
     return json.dumps([task.sample.id, candidates, task.pair, task.more])
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """The objects in a file, without lines that an interruption cut; none if there is no such file."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found
-
-
 def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) -> None:
     """Write the line of a trajectory that ended; its seconds are since the line before, so only their mean means much."""
     t, now = group[0], time.perf_counter()
@@ -286,7 +283,7 @@ def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) ->
         "positive": s.target + 1, "title": ctx.title(s.candidates[s.target]),
         "pair": pair, "more": t.task.more, "answer": t.answer, "end": t.end,
         "valid": t.valid, "rank": rank_of_positive(t),
-        "reward": pair_reward(t) if pair else list_reward(t, args.k, args.bonus),
+        "reward": reward(ctx, t, args.k, args.bonus),
         "calls": [call.name for call in t.calls], "tokens": sum(t.action_mask),
         "seconds": now - clock.pop(), "tool_seconds": t.tool_seconds,
         "prompt": policy.decode(t.prompt), "text": policy.decode(t.ids),
@@ -378,10 +375,9 @@ def probe(args, ctx: Context, agent: Agent, samples: list[Sample], rows: dict) -
     tasks = [Task(s) for s in asked]
     ask = functools.partial(play, args, ctx, agent)
     base = ask(tasks, seed)
-    others = {
-        "reshuffled": ask([Task(reshuffled(s)) for s in asked], seed),
-        "resampled": ask(tasks, seed + 1),  # what chance alone changes
-    }
+    others = {"reshuffled": ask([Task(reshuffled(s)) for s in asked], seed)}
+    if args.temperature:
+        others["resampled"] = ask(tasks, seed + 1)  # what chance alone changes
     stable = tuple(others)
     for tool in agent.tools:  # without it, nothing changes where it was not called
         called = [task for task, x in zip(tasks, base) if tool in x["calls"]]
@@ -541,8 +537,9 @@ def write_report(path: pathlib.Path, make: Callable[[int], dict]) -> None:
 def ask_pairs(args, ctx: Context, agents: list[Agent]) -> dict[str, list[dict]]:
     """Both questions about some hard pairs, answered by the agents before and after stage 2."""
     pairs = [HardPair(**x) for x in read_jsonl(args.out / "hard_pairs.jsonl")]
-    samples = {s.id: s for s in ctx.ds.splits["train"]}
-    tasks = pair_tasks(pairs[:KEPT_PAIRS], samples, np.random.default_rng(0))
+    train, pairs = ctx.ds.splits["train"], pairs[:KEPT_PAIRS]
+    samples = {pair.sample: train.of(pair.sample) for pair in pairs}
+    tasks = pair_tasks(pairs, samples, np.random.default_rng(0))
     asked = [a for a in agents if a.name in ("rta", "ppr") and tasks]
     return {a.name: play(args, ctx, a, tasks, args.seeds[0]) for a in asked}
 
@@ -604,7 +601,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("out", type=pathlib.Path, metavar="RUN", help="run folder made by train.py")
     add("--split", choices=["valid", "test"], default="test")
-    add("--samples", type=int, default=1000, help="of the split (0: all)")
+    add("--samples", type=int, help="of the split (0: all; default: as the run did)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the agents' sampling")
     add("--temperature", type=float, default=0.0, help="of the agents (0: greedy)")
     add("--rows", nargs="+", help="print only these rows, e.g. frozen; write nothing")
@@ -617,8 +614,12 @@ def parse_args() -> argparse.Namespace:
     add("--show", type=int, metavar="N", help="print N trajectories and stop")
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
-    if args.samples < 0 or min(args.seeds) < 0 or args.temperature < 0:
+    if (args.samples or 0) < 0 or min(args.seeds) < 0 or args.temperature < 0:
         parser.error("--samples, --seeds and --temperature cannot be negative")
+    if len(args.seeds) > 1 and not args.temperature:
+        parser.error(
+            "--seeds need a --temperature above 0: greedy agents have no chance"
+        )
     return args
 
 
@@ -633,6 +634,8 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
     for name in names.split():
         if getattr(args, name, None) is None:
             setattr(args, name, own[name])
+    if args.samples is None:
+        args.samples = own["test_samples"]
     args.slots = own["slots"] * own["group_size"]
     ds = load_dataset(own["dataset"], own["data_dir"])
     if ds.fingerprint() != config["fingerprint"]:

@@ -85,8 +85,8 @@ def policy_gradient(
 ) -> dict[str, float]:
     """Accumulate the gradient of Eq. 6 over all groups into `.grad` and return the step's metrics.
 
-    The mean runs over kept groups; the denominator is fixed before micro-batching, so `micro_tokens` (padded tokens
-    held at once) changes memory and nothing else.
+    The mean runs over the groups that dynamic sampling leaves, those of equal rewards included; the denominator is
+    fixed before micro-batching, so `micro_tokens` (tokens held at once) changes memory and nothing else.
     """
     rewards = np.array([[t.reward for t in group] for group in groups])
     advantages = group_advantages(rewards, objective.baseline, objective.divide_by_std)
@@ -97,12 +97,12 @@ def policy_gradient(
         "zero_variance_groups": int(flat.sum()),
         "dropped_groups": int(dropped.sum()),
     }
-    kept = np.flatnonzero(~(flat | dropped))
-    if not len(kept):
+    telling = np.flatnonzero(~(flat | dropped))
+    if not len(telling):
         return metrics | {"kl_sampler_trainer": 0.0, "entropy": 0.0, "loss": 0.0}
-    mine = kept[my_share([sum(len(t.ids) for t in groups[p]) for p in kept])]
+    own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
     rows, weights, old = [], [], []
-    for p in mine:
+    for p in telling[own]:
         for t, advantage in zip(groups[p], advantages[p]):
             mask = t.chance_mask
             n_actions = sum(mask)

@@ -252,9 +252,21 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
         raise ModelError(
             f"{path}: some weights are not finite; the checkpoint is damaged"
         )
+    if not plain_head(model):
+        raise ModelError(
+            f"{path}: {model.config.model_type} does more to its logits than lm_head; that is not supported"
+        )
     return Policy(
         model.to(device).eval(), tokenizer, torch.device(device), getattr(torch, dtype)
     )
+
+
+@torch.no_grad()
+def plain_head(model: torch.nn.Module) -> bool:
+    """Whether the logits are what lm_head makes of the last hidden state: no scaling (Granite, Cohere), no softcapping."""
+    ids = torch.tensor([[0, 1, 2]], device=model.device)
+    ours = model.lm_head(model.model(ids).last_hidden_state)
+    return torch.allclose(model(ids).logits, ours, rtol=1e-4, atol=1e-4)
 
 
 def save_policy(policy: Policy, folder: pathlib.Path) -> None:
@@ -580,27 +592,18 @@ def project_chunk(head, hidden, targets, temperature):
 
 
 def micro_batches(prompts: list[list[int]], rows: list[TrainRow], micro_tokens: int):
-    """Split into (prompts, rows) parts of at most about `micro_tokens` padded tokens, rows of a prompt together."""
-    by_prompt: dict[int, list[TrainRow]] = {}
+    """Split into (prompts, rows) parts of at most `micro_tokens` tokens, in order; rows of a prompt share it if adjacent."""
+    part_prompts, part_rows, tokens, last = [], [], 0, None
     for row in rows:
-        by_prompt.setdefault(row.prompt, []).append(row)
-    part_prompts, part_rows, longest = [], [], 0
-    for index, group in by_prompt.items():
-        for row in group:
-            new = not part_prompts or part_prompts[-1] is not prompts[index]
-            width = max(longest, len(row.ids))
-            tokens = (
-                width * (len(part_rows) + 1)
-                + sum(map(len, part_prompts))
-                + new * len(prompts[index])
-            )
-            if part_rows and tokens > micro_tokens:
-                yield part_prompts, part_rows
-                part_prompts, part_rows, longest, new = [], [], 0, True
-            if new:
-                part_prompts.append(prompts[index])
-            longest = max(longest, len(row.ids))
-            part_rows.append(TrainRow(len(part_prompts) - 1, row.ids, row.action_mask))
+        new = len(prompts[row.prompt]) if row.prompt != last else 0
+        if part_rows and tokens + new + len(row.ids) > micro_tokens:
+            yield part_prompts, part_rows
+            part_prompts, part_rows, tokens = [], [], 0
+            new = len(prompts[row.prompt])
+        if new:
+            part_prompts.append(prompts[row.prompt])
+        part_rows.append(TrainRow(len(part_prompts) - 1, row.ids, row.action_mask))
+        tokens, last = tokens + new + len(row.ids), row.prompt
     if part_rows:
         yield part_prompts, part_rows
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from data import Sample
-from grpo import INVALID, accumulate, my_share, over_ranks
+from grpo import INVALID, accumulate, list_reward, my_share, over_ranks
 from model import Policy, TrainRow
 from rollout import Task, Trajectory
+from tools import Context
 
 DIRECTIONS = {"both": (True, False), "more": (True,), "less": (False,)}
 FORCED = "<answer>\\boxed{"
@@ -94,6 +95,14 @@ def pair_reward(t: Trajectory) -> float:
     if not t.valid:
         return INVALID
     return float(t.answer == target_letter(t.task))
+
+
+def reward(ctx: Context, t: Trajectory, k: int, bonus: float) -> float:
+    """What both stages and eval.py reward: change it here. `ctx` holds the catalogue, for rewards of price or novelty.
+
+    A group whose rewards are all negative is dropped (dynamic sampling), so negative has to mean "no use at all".
+    """
+    return pair_reward(t) if t.task.pair else list_reward(t, k, bonus)
 
 
 def bidirectional_loss(delta: torch.Tensor) -> torch.Tensor:

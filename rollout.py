@@ -91,8 +91,7 @@ class Trajectory:
 
 def trained_tools(flags: dict) -> tuple[str, ...]:
     """The tools that a run's flags leave to the agent, in training and in its evaluation."""
-    none = flags.get("no_tools") or flags.get("tools") is False
-    off = ALL_TOOLS if none else flags.get("without_tool") or ()
+    off = ALL_TOOLS if flags.get("no_tools") else flags.get("without_tool") or ()
     return tuple(name for name in ALL_TOOLS if name not in off)
 
 
@@ -112,15 +111,13 @@ After a step you are asked for another thought on it: write that and its call, o
 def system_prompt(tools: tuple[str, ...], k: int, strategy: str = "react") -> str:
     """Task, format and tool schemas, for chat models (the tiny agent's template leaves it out)."""
     lines = [
-        "You are a recommender. Given a user's purchases, latest first, and 20 numbered candidates, find what the user buys next.",
-        HOW[strategy],
+        "You are a recommender. Given a user's purchases, latest first, and numbered candidates, find what the user buys next.",
+        HOW[strategy] if tools else "First think inside <think></think>.",
         f"Finish with the {k} best candidates, best first: <answer>\\boxed{{[8,3,15,...]}}</answer>, or, if asked about",
         "two options, with <answer>\\boxed{A}</answer> or <answer>\\boxed{B}</answer>.",
     ]
     schemas = [json.dumps(TOOLS[name].schema()) for name in tools]
-    lines += (
-        ["Tools:", *schemas] if schemas else ["There are no tools: think, then answer."]
-    )
+    lines += ["Tools:", *schemas] if schemas else []
     return "\n".join(lines)
 
 
@@ -182,7 +179,8 @@ def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
     content = policy.defuse("\n".join([REQUEST, *lines]))
     apply = policy.tokenizer.apply_chat_template
     message = [{"role": "user", "content": content}]
-    return policy.encode(apply(message, tokenize=False, add_generation_prompt=True))
+    how = {"add_generation_prompt": True, "enable_thinking": False}
+    return policy.encode(apply(message, tokenize=False, **how))
 
 
 # ------------------------------------------------------------------------------------------------- reading what it wrote
@@ -622,11 +620,12 @@ def demonstrate(
             "get_similar_items": past[-1],
         }
         argument = TOOLS[name].argument
-        title = ctx.title(int(items[name])) if argument else ""
+        title = ctx.title(int(items.get(name, past[-1]))) if argument else ""
         if rng.random() < 0.04:  # a slip, so that errors are nothing new
             title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
         call = Call(name, {argument: title} if argument else {})
-        thought = TOPIC[name] + (f": {trust}" if name != "item_info_search" else "")
+        thought = TOPIC.get(name, name)
+        thought += f": {trust}" if name != "item_info_search" else ""
         spoken = json.dumps(
             vars(call), ensure_ascii=False
         )  # titles as the prompt has them

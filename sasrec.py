@@ -167,9 +167,9 @@ def next_item_loss(model: SASRec, ids: torch.Tensor) -> torch.Tensor:
     table = model.items.weight
     if len(table) - 1 <= MAX_SOFTMAX:
         return F.cross_entropy(states @ table[1:].T, targets - 1)
-    used, targets = torch.unique(targets, return_inverse=True)
-    drawn = torch.cat([used, torch.randint(1, len(table), (MAX_SOFTMAX,))])
-    return F.cross_entropy(states @ table[drawn].T, targets)
+    drawn = torch.randint(1, len(table), (MAX_SOFTMAX,))
+    used = torch.unique(torch.cat([targets, drawn]))  # sorted, each item once
+    return F.cross_entropy(states @ table[used].T, torch.searchsorted(used, targets))
 
 
 def save_sasrec(model: SASRec, path) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -38,13 +39,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from data import Dataset, DatasetError, Sample, load_dataset, run_main
+from data import (
+    N_CANDIDATES,
+    Dataset,
+    DatasetError,
+    Sample,
+    load_dataset,
+    read_jsonl,
+    run_main,
+)
 from grpo import (
     Objective,
     accumulate,
     gather_list,
     group_advantages,
-    list_reward,
     my_share,
     over_ranks,
     policy_gradient,
@@ -68,7 +76,7 @@ from model import (
     save_policy,
     token_logprobs,
 )
-from ppr import DIRECTIONS, HardPair, bound_gradient, mine, pair_reward, pair_tasks
+from ppr import DIRECTIONS, HardPair, bound_gradient, mine, pair_tasks, reward
 from rollout import (
     ALL_TOOLS,
     Task,
@@ -137,7 +145,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("without-tool", ALL_TOOLS, [], "remove this tool; can be repeated"),
     ("profiles", ("template", "llm"), "template", "who writes the user profiles"),
     "machine",
-    ("seed", int, 0, "of everything random"),
+    ("seed", int, 0, "of training; samples and SASRec stay the same"),
     ("device", str, "auto", "cpu, cuda, ..."),
     ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
     ("micro-tokens", int, (16_384, 8192), "tokens held at once in an update"),
@@ -152,7 +160,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
 )
 POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
     max_new_tokens micro_tokens slots save_every test_samples"""
-NOT_NEGATIVE = "steps ppr_steps warmup_steps seed bonus lora_rank"
+NOT_NEGATIVE = "steps epochs ppr_steps ppr_epochs warmup_steps seed bonus lora_rank"
 
 
 @dataclass
@@ -183,9 +191,11 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     args, began = run.args, time.perf_counter()
     tasks = stage_tasks(run, stage, step)  # P prompts
     seed = (args.seed, STAGE_SEED[stage], step)
-    groups = roll_out(run, tasks, seed, args.slots, args.group_size)  # P lists of G
+    groups = sample_groups(
+        run, tasks, seed, args.slots, args.group_size
+    )  # P lists of G
     for t in (t for group in groups for t in group):
-        t.reward = pair_reward(t) if t.task.pair else list_reward(t, args.k, args.bonus)
+        t.reward = reward(run.ctx, t, args.k, args.bonus)
     rolled = time.perf_counter()
     metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
     metrics |= backward(run, groups)  # advantages and gradient, Eq. 6
@@ -217,13 +227,13 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     chosen = [pool[i] for i in order[at * size : (at + 1) * size]]
     if stage == "rta":
         return [Task(sample) for sample in chosen]
-    samples = {s.id: s for s in train}
+    samples = {pair.sample: train.of(pair.sample) for pair in chosen}
     rng = np.random.default_rng([*seed, step])
     lists = [Task(samples[pair.sample]) for pair in chosen[n_pairs:]]
     return pair_tasks(chosen[:n_pairs], samples, rng, directions) + lists
 
 
-def roll_out(
+def sample_groups(
     run: Run, tasks: list[Task], seed: tuple, slots: int, group_size: int, progress=None
 ) -> list[list[Trajectory]]:
     """`group_size` trajectories of each task; each rank samples its share, all get all."""
@@ -291,7 +301,7 @@ def mine_pairs(run: Run) -> None:
     how = {"desc": "mining hard pairs", "unit": "sample", "disable": rank > 0}
     with tqdm(total=len(tasks) // n, **how) as bar:
         tick = lambda group: bar.update()
-        groups = roll_out(run, tasks, seed, 8 * args.slots, 1, tick)
+        groups = sample_groups(run, tasks, seed, 8 * args.slots, 1, tick)
     run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
     if not run.pairs:
         raise ModelError(
@@ -330,11 +340,11 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
     n_actions = sum(sum(r.action_mask) for r in rows)
-    mine = [rows[i] for i in my_share([len(r.ids) for r in rows])]
-    counts = [sum(r.action_mask) for r in mine]
+    own = [rows[i] for i in my_share([len(r.ids) for r in rows])]
+    counts = [sum(r.action_mask) for r in own]
     weights = [1.0] * sum(counts)
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
-    logprobs, _ = accumulate(policy, prompts, mine, weights, n_actions, **how)
+    logprobs, _ = accumulate(policy, prompts, own, weights, n_actions, **how)
     answers = sum(float(x[-2 * args.k - 2 :].sum()) for x in logprobs.split(counts))
     total, answers = over_ranks([-float(logprobs.sum()), -answers / args.k])
     ramp = min(50, 1 + args.warmup_steps // 10)
@@ -409,8 +419,7 @@ def train_stage(run: Run, stage: str) -> None:
     if stage == "ppr":
         path = run.out / "hard_pairs.jsonl"
         if over_ranks([path.exists()], "min")[0]:
-            lines = path.read_text().splitlines()
-            run.pairs = [HardPair(**json.loads(line)) for line in lines]
+            run.pairs = [HardPair(**pair) for pair in read_jsonl(path)]
         else:
             mine_pairs(run)
     steps, rank = stage_steps(run, stage), ranks()[0]
@@ -482,8 +491,10 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     kl = metrics.get("kl_sampler_trainer", 0)
     if run.policy.dtype == torch.float32 and kl > 1e-4:
         tqdm.write(f"warning: sampler and trainer disagree, KL {kl:.1e}")
-    if groups and metrics.get("zero_variance_groups") == len(groups):
-        tqdm.write("all groups have equal rewards: no update in this step")
+    still = metrics.get("zero_variance_groups") == len(groups)
+    if groups and (still or metrics.get("grad_norm") == 0):
+        why = "all groups have equal rewards" if still else "no group gave a signal"
+        tqdm.write(f"{why}: no update in this step")
     rounded = [
         (k, round(v, 6) if isinstance(v, float) else v) for k, v in metrics.items()
     ]
@@ -699,7 +710,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         else:
             add_flag(group, *flag)
     args = parser.parse_args(argv)
-    if not args.resume:
+    if args.resume:
+        given = (x for x, value in vars(args).items() if value != parser.get_default(x))
+        extra = next((x for x in given if x != "resume"), None)
+        if extra:
+            flag = f"--{extra.replace('_', '-')}"
+            parser.error(f"--resume continues with the run's own flags; drop {flag}")
+    else:
         fill_in(args)
         check_flags(parser, args)
     return args
@@ -728,9 +745,12 @@ def fill_in(args: argparse.Namespace) -> None:
         args.model, args.warmup_steps = "new", args.warmup_steps or 1500
     if args.no_tools and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
+    stages = [x for x in ("", "ppr_") if getattr(args, f"{x}epochs") is not None]
+    settled = [f"{x}steps" for x in stages]  # epochs that were asked for decide
     for name, _, default, _ in (flag for flag in FLAGS if not isinstance(flag, str)):
         name = name.replace("-", "_")
-        if isinstance(default, tuple) and getattr(args, name) is None:
+        known = getattr(args, name) is not None or name in settled
+        if isinstance(default, tuple) and not known:
             setattr(args, name, default[PRESETS.index(args.preset)])
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -751,7 +771,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         (POSITIVE, lambda x: 0 < x < math.inf, "must be positive"),
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
         ("group_size", lambda x: x > 1 or one, "a group's mean needs at least 2 trajectories"),
-        ("k", lambda x: 1 <= x <= 20, "must be between 1 and the 20 candidates"),
+        ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
         ("shard", lambda x: several or not x, "needs several processes: start with torchrun"),
     ):  # fmt: skip
@@ -770,6 +790,7 @@ def open_run(args: argparse.Namespace) -> Run:
             f"{out} exists; choose another --out, continue it with --resume {out}, or --overwrite"
         )
     ds = load_dataset(args.dataset, args.data_dir)
+    args.dataset = ds.name  # "office" may mean another one later
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
     if rank == 0:
         prepare(args, out, ds)
@@ -859,14 +880,22 @@ def read_config(out: pathlib.Path) -> dict:
     return json.loads((out / "config.json").read_text())
 
 
-def evaluate(args: argparse.Namespace, *flags: str) -> None:
-    """Run eval.py on the run folder (a process of its own: it only needs what is on disk)."""
+def evaluate(args: argparse.Namespace, state: str, *flags: str) -> None:
+    """Run eval.py on the run folder (a process of its own: it only needs what is on disk); `state` tells what is safe."""
     samples = str(args.test_samples)
     command = [sys.executable, str(HERE / "eval.py"), args.out, "--samples", samples]
     if not args.no_eval and subprocess.run([*command, *flags], check=False).returncode:
         raise ModelError(
-            f"eval.py failed; the training is saved: python eval.py {args.out}"
+            f"eval.py failed; {state} is saved, try: python eval.py {args.out}"
         )
+
+
+def release(run: Run) -> None:
+    """Give the memory of a trained model back before eval.py loads it again."""
+    run.policy = run.whole = run.optimizer = run.score = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -891,8 +920,8 @@ def main() -> None:
     rank, n = ranks()
     if args.resumed:
         restore_state(run)
-    elif args.stage != "warmup" and n == 1:
-        evaluate(args, "--rows", "frozen")
+    elif args.stage != "warmup" and not args.warmup_steps and n == 1:
+        evaluate(args, "what training starts from", "--rows", "frozen")
     stages = [s for s in STAGES if args.stage in ("all", s)]
     stages = [s for s in stages if s != "warmup" or args.warmup_steps]
     for stage in stages[stages.index(run.stage) if run.stage else 0 :]:
@@ -904,7 +933,8 @@ def main() -> None:
     if rank > 0:
         return
     if args.stage != "warmup":
-        evaluate(args)
+        release(run)
+        evaluate(args, "the training")
     print(f"done: {run.out}; read trajectories with: python eval.py {run.out} --show 3")
 
 

@@ -22,7 +22,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from readme_table import put_into_readme
 
-from eval import column, intervals, read_jsonl
+from data import load_dataset, read_jsonl
+from eval import column, intervals, task_key
+from rollout import Task
 
 STAGE_1 = {
     "default": "",
@@ -92,16 +94,17 @@ def train(args, name: str, seed: int) -> None:
 
 
 def lines(args, name: str, seed: int) -> list[dict] | None:
-    """What eval.py kept of the trained agent on the test samples, by sample; None if there is no such run."""
+    """What eval.py kept of the trained agent on the test samples, in their order; None if there is no such run."""
     out = folder(args, name, seed)
     if not (out / "eval.json").exists():
         return None
     stage = "ppr" if name in STAGE_2 and "rta" not in STAGE_2[name] else "rta"
     stage = "r" if name == "no tools" else stage
-    files = list((out / "rows").glob(f"{stage}-*.jsonl"))
-    assert len(files) == 1, f"{out}/rows: {len(files)} files of {stage}"
-    asked = [x for x in read_jsonl(files[0]) if not x["pair"]]
-    return sorted(asked, key=lambda x: x["sample"])
+    for file in (out / "rows").glob(f"{stage}-*.jsonl"):  # one for each setting
+        kept = {x["task"]: x for x in read_jsonl(file)}
+        if all(task in kept for task in args.tasks):
+            return [kept[task] for task in args.tasks]
+    return None
 
 
 def row(name: str, runs: list[list[dict]], against: list[list[dict]] | None) -> str:
@@ -158,6 +161,9 @@ def main() -> None:
         for part in ("default", *STAGE_1), STAGE_2:  # stage 2 starts from the default
             jobs = [(x, s) for x in part for s in args.seeds if x in names]
             list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
+    test = load_dataset(args.dataset, args.data_dir).splits["test"]
+    order = np.random.default_rng(0).permutation(len(test))[: args.samples]
+    args.tasks = [task_key(Task(test[i])) for i in order]  # those of eval.py
     text = table(args)
     put_into_readme(args.into, text) if args.into else print(text)
 

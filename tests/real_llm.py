@@ -47,7 +47,7 @@ def make_run(folder: str, flags: list[str]) -> train.Run:
 def sampled(run: train.Run) -> str:
     """Valid answers and reward of 8 trajectories of each of 2 test samples."""
     tasks = [agent.Task(s) for s in run.ds.splits["test"][:2]]
-    groups = train.roll_out(run, tasks, (7,), 2, 8)
+    groups = train.sample_groups(run, tasks, (7,), 2, 8)
     for t in (t for group in groups for t in group):
         t.reward = list_reward(t, run.args.k)
     m = rollout_metrics(groups)

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import data
+import sasrec
 from data import (
     DAY,
     Dataset,
@@ -288,6 +289,17 @@ def test_sasrecs_states_do_not_see_later_items():
     ends = model.states(sequences)  # ragged: padding at the end is not seen either
     for i, sequence in enumerate(sequences):
         assert torch.allclose(ends[i], states[i, len(sequence) - 1], atol=1e-6)
+
+
+def test_a_large_catalogues_loss_takes_each_item_once(monkeypatch):
+    """Over all items drawn the sampled loss is the whole one: no target among its own negatives."""
+    torch.manual_seed(0)
+    model, ids = SASRec(30).eval(), torch.randint(1, 31, (3, 9))
+    whole = sasrec.next_item_loss(model, ids)
+    monkeypatch.setattr(sasrec, "MAX_SOFTMAX", 29)  # 30 items: one too many
+    everything = lambda low, high, size: torch.arange(low, high).repeat(2)
+    monkeypatch.setattr(torch, "randint", everything)
+    assert torch.allclose(sasrec.next_item_loss(model, ids), whole, atol=1e-6)
 
 
 def test_sasrec_beats_popularity_on_held_out_items(office):

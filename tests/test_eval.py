@@ -191,7 +191,11 @@ def test_a_tool_that_is_off_says_so_and_costs_no_format(ctx, policy, world):
 
 def test_agents_of_a_run_trained_without_tools(tmp_path):
     """Its stage 1 is row "r", without tools, in its own evaluation and beside another run's."""
-    for name, flags in (("a", {}), ("b", {"no_tools": True}), ("c", {"tools": False})):
+    for name, flags in (
+        ("a", {}),
+        ("b", {"no_tools": True}),
+        ("c", {"no_tools": True}),
+    ):
         (tmp_path / name / "rta").mkdir(parents=True)
         config = {"args": {"model": "x", **flags}}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -207,6 +211,22 @@ def test_agents_of_a_run_trained_without_tools(tmp_path):
     assert names["a", "b"] == frozen | {"rta": 7, "r": 0}
     assert names["b", "a"] == frozen | {"r": 0, "model:a/rta": 7}
     assert names["a", "b", "c"] == frozen | {"rta": 7, "r": 0, "model:c/rta": 0}
+
+
+def test_the_frozen_agent_has_the_tools_that_training_had(tmp_path):
+    (tmp_path / "rta").mkdir()
+    config = {"args": {"model": "x", "without_tool": ["get_user_profile"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = argparse.Namespace(out=tmp_path, models=[], agent=["react"])
+    tools = {a.name: len(a.tools) for a in ev.run_agents(args, config)}
+    assert tools == {"frozen_r": 0, "frozen": 6, "rta": 6}
+
+
+def test_several_sampling_seeds_need_a_temperature(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", "--seeds", "0", "1"])
+    with pytest.raises(SystemExit):
+        ev.parse_args()
+    assert "--temperature above 0" in capsys.readouterr().err
 
 
 def test_training_free_agents_are_untrained_models_with_rows_of_their_own(args, ctx, policy, rolled):  # fmt: skip
@@ -246,7 +266,17 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     config = {"args": settings, "dataset": "d", "fingerprint": world.fingerprint()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(ev, "load_dataset", lambda *_: world)
-    flags = ("--samples", "6", "--seeds", "0", "1", "--probes", "3")
+    flags = (
+        "--samples",
+        "6",
+        "--seeds",
+        "0",
+        "1",
+        "--temperature",
+        "1",
+        "--probes",
+        "3",
+    )
     flags += ("--agent", "react", "plan-first")
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *flags])
     ev.main()

@@ -219,6 +219,22 @@ def test_a_window_that_slides_is_the_limit_and_soft_caps_are_refused(texts, tmp_
     assert str(e.value) == f"{tmp_path}: {told}"
 
 
+def test_scaled_logits_are_refused(texts, tmp_path):
+    """Granite divides its logits after lm_head: sampling from lm_head's would be at another temperature."""
+    size = {
+        "vocab_size": 2000,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "logits_scaling": 8.0}
+    config = transformers.GraniteConfig(**size, **heads)
+    transformers.GraniteForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer(FAMILIES["qwen2"], texts).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="granite does more to its logits"):
+        load_policy(str(tmp_path))
+
+
 def test_an_unknown_architecture_is_refused_in_one_line(texts, tmp_path):
     sizes = {"vocab_size": 500, "n_embd": 16, "n_layer": 1, "n_head": 2}
     config = transformers.GPT2Config(**sizes)

@@ -17,11 +17,21 @@ import torch
 
 import ppr
 import rollout as rollout_module
+import tools
 from data import Dataset, Item, Sample, make_splits
 from eval import metric
 from grpo import group_advantages, list_reward, rank_of_positive
 from ppr import HardPair, mine, pair_reward, pair_tasks, target_letter, violation_pool
-from rollout import ALL_TOOLS, Task, Trajectory, act, parse_answer, rollout, user_prompt
+from rollout import (
+    ALL_TOOLS,
+    Task,
+    Trajectory,
+    act,
+    demonstrate,
+    parse_answer,
+    rollout,
+    user_prompt,
+)
 from sasrec import SASRec
 from tools import Call, Context, Observation, ToolError, parse_call, run_call
 
@@ -587,3 +597,23 @@ def test_a_misquoted_title_means_the_most_similar_one_of_the_prompt(ctx):
     text = run_call(ctx, sample, Call("item_info_search", misquoted)).text
     assert text.startswith(f"{ctx.title(item)}: "), "it says which item it took"
     assert ctx.find(sample, "Qq 123") is None
+
+
+def test_a_new_tool_is_a_function_and_an_entry(monkeypatch, policy, ctx):
+    """As the README says: demonstrations call it, with its argument, and its scores count."""
+    seen = []
+
+    def get_reviews(ctx, sample, item_title):
+        seen.append(item_title)
+        scores = np.zeros(20)
+        scores[6] = 1.0
+        return Observation("seven", scores)
+
+    tool = tools.Tool(get_reviews, "What reviews say.", "item_title")
+    monkeypatch.setitem(tools.TOOLS, "get_reviews", tool)
+    task = Task(ctx.ds.splits["train"][0])
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        t = demonstrate(policy, ctx, task, 10, rng, 1, allowed=("get_reviews",))
+        assert not t.calls or t.answer[0] == 7
+    assert seen

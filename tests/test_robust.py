@@ -386,7 +386,8 @@ WRONG = {
     "--batch 0": "must be positive", "--mine-samples 0": "must be positive", "--slots -1": "must be positive",
     "--steps -1": "must not be negative", "--ppr-steps -2": "must not be negative", "--seed -1": "must not be negative",
     "--bonus -0.1": "must not be negative", "--list-share 1": "must be at least 0", "--steps x": "invalid int value",
-    "--stage pprr": "invalid choice",
+    "--stage pprr": "invalid choice", "--epochs -1": "must not be negative", "--epochs nan": "must not be negative",
+    "--seed 1 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
 }  # fmt: skip
 
 

@@ -137,6 +137,14 @@ def test_impossible_flags_are_refused(flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
+def test_epochs_decide_unless_steps_are_given():
+    assert train.parse_args([]).steps == 50
+    args = train.parse_args(["--epochs", "2"])
+    assert (args.steps, args.epochs, args.ppr_steps) == (None, 2, 12)
+    both = train.parse_args(["--preset", "paper", "--steps", "7"])
+    assert both.steps == 7
+
+
 def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
     def poisoned(policy, *_, **__):
         for p in policy.model.parameters():
