@@ -135,7 +135,7 @@ def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
     if task.pair:
         a, b = task.pair
         lines.append(
-            f"Which is {'MORE' if task.more else 'LESS'} likely, A: {a} or B: {b}?"
+            f"Which is {'MORE' if task.more else 'LESS'} likely, A={a} or B={b}?"
         )
     else:
         lines.append("Rank.")
@@ -652,8 +652,11 @@ def conclude(policy: Policy, t: Trajectory, ranking: list[int], k: int) -> None:
     if task.pair:
         first = min(task.pair, key=ranking.index)
         second = task.pair[0] + task.pair[1] - first
-        t.answer = "AB"[task.pair.index(first if task.more else second)]
-        thought, boxed = f"<think>{first} over {second}</think>", t.answer
+        chosen = first if task.more else second
+        t.answer = "AB"[task.pair.index(chosen)]
+        # one step at a time: a small agent that has to name the letter at once never learns to
+        thought = f"<think>{first}>{second};{chosen}={t.answer}</think>"
+        boxed = t.answer
     else:
         t.answer = ranking[:k]
         thought, boxed = "", f"[{','.join(map(str, t.answer))}]"

@@ -325,10 +325,10 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
     progress = step / args.warmup_steps
     max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
-    prompts, rows = [], []
+    prompts, rows, endings = [], [], []
     for _ in range(args.batch):
         sample, pair = pool[rng.integers(len(pool))], None
-        if rng.random() < 0.2:
+        if rng.random() < 0.4:
             two = rng.permutation(len(sample.candidates))[:2] + 1
             pair = tuple(two.tolist())
         task = Task(sample, pair, bool(rng.random() < 0.5))
@@ -339,18 +339,25 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
+            # tokens of the answer: what the sums decide
+            endings.append(12 if pair else 2 * args.k + 2)
     n_actions = sum(sum(r.action_mask) for r in rows)
-    own = [rows[i] for i in my_share([len(r.ids) for r in rows])]
-    counts = [sum(r.action_mask) for r in own]
+    own = my_share([len(r.ids) for r in rows])
+    counts = [sum(rows[i].action_mask) for i in own]
     weights = [1.0] * sum(counts)
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
-    logprobs, _ = accumulate(policy, prompts, own, weights, n_actions, **how)
-    answers = sum(float(x[-2 * args.k - 2 :].sum()) for x in logprobs.split(counts))
-    total, answers = over_ranks([-float(logprobs.sum()), -answers / args.k])
+    own_rows = [rows[i] for i in own]
+    logprobs, _ = accumulate(policy, prompts, own_rows, weights, n_actions, **how)
+    sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
+    for i, x in zip(own, logprobs.split(counts)):
+        sums[1 + (endings[i] == 12)] -= float(x[-endings[i] :].sum())
+    total, lists, pairs = over_ranks(sums)
+    n_pairs = endings.count(12)
     ramp = min(50, 1 + args.warmup_steps // 10)
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * (1 - progress)))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
-    metrics |= {"answer_loss": answers / len(rows)} | update(run, lr)
+    metrics["answer_loss"] = lists / args.k / max(1, len(rows) - n_pairs)
+    metrics |= {"pair_loss": pairs / max(1, n_pairs)} | update(run, lr)
     metrics["tokens"] = sum(len(r.ids) for r in rows)
     return metrics | {"seconds_update": time.perf_counter() - began}, []
 
