@@ -135,7 +135,7 @@ def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
     if task.pair:
         a, b = task.pair
         lines.append(
-            f"Which is {'MORE' if task.more else 'LESS'} likely, A={a} or B={b}?"
+            f"Which is {'MORE' if task.more else 'LESS'} likely, A: {a} or B: {b}?"
         )
     else:
         lines.append("Rank.")

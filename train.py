@@ -100,6 +100,8 @@ LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
+PAIR_ENDING = 13  # tokens of a pair's demonstration that name the winner and the letter
+PAIR_WEIGHT = 8.0  # of each: among hundreds of easy tokens they would never be learned
 PRESETS = ("tiny", "paper")
 MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -339,20 +341,22 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
-            # tokens of the answer: what the sums decide
-            endings.append(12 if pair else 2 * args.k + 2)
+            endings.append(PAIR_ENDING if pair else 2 * args.k + 2)
     n_actions = sum(sum(r.action_mask) for r in rows)
     own = my_share([len(r.ids) for r in rows])
     counts = [sum(rows[i].action_mask) for i in own]
-    weights = [1.0] * sum(counts)
+    weights = []
+    for i, n in zip(own, counts):
+        ending = endings[i] if endings[i] == PAIR_ENDING else 0
+        weights += [1.0] * (n - ending) + [PAIR_WEIGHT] * ending
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
     own_rows = [rows[i] for i in own]
     logprobs, _ = accumulate(policy, prompts, own_rows, weights, n_actions, **how)
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, x in zip(own, logprobs.split(counts)):
-        sums[1 + (endings[i] == 12)] -= float(x[-endings[i] :].sum())
+        sums[1 + (endings[i] == PAIR_ENDING)] -= float(x[-endings[i] :].sum())
     total, lists, pairs = over_ranks(sums)
-    n_pairs = endings.count(12)
+    n_pairs = endings.count(PAIR_ENDING)
     ramp = min(50, 1 + args.warmup_steps // 10)
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * (1 - progress)))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
