@@ -626,9 +626,8 @@ def demonstrate(
         call = Call(name, {argument: title} if argument else {})
         thought = TOPIC.get(name, name)
         thought += f": {trust}" if name != "item_info_search" else ""
-        spoken = json.dumps(
-            vars(call), ensure_ascii=False
-        )  # titles as the prompt has them
+        # titles as the prompt has them
+        spoken = json.dumps(vars(call), ensure_ascii=False)
         write(policy, t, f"<think>{thought}</think><tool_call>{spoken}</tool_call>")
         try:
             observation = run_call(ctx, task.sample, call)

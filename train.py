@@ -316,17 +316,17 @@ def mine_pairs(run: Run) -> None:
 # ------------------------------------------------------------------------------------------- before stage 1: the warm-up
 
 
-def warmup_step(run: Run, step: int) -> tuple[dict, list]:
-    """One step of imitation of scripted demonstrations: mean cross-entropy over their action tokens.
+def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[int]]:
+    """The prompts and rows of one step of the warm-up, and for each row how many tokens its ending has.
 
     Curriculum: one call at first (copying), then up to two and up to five (adding up); at last often none and
     at most four, so that the agent can use many tools and has to find out that it pays, and which.
     """
-    args, policy, began = run.args, run.policy, time.perf_counter()
+    args, progress = run.args, step / run.args.warmup_steps
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
-    progress = step / args.warmup_steps
     max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
+    script = (args.k, rng, max_calls, progress > 0.85, trained_tools(vars(args)))
     prompts, rows, endings = [], [], []
     for _ in range(args.batch):
         sample, pair = pool[rng.integers(len(pool))], None
@@ -335,30 +335,35 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
             pair = tuple(two.tolist())
         task = Task(sample, pair, bool(rng.random() < 0.5))
         for _ in range(args.group_size):
-            hasty = progress > 0.85
-            script = (args.k, rng, max_calls, hasty, trained_tools(vars(args)))
-            t = demonstrate(policy, run.ctx, task, *script)
+            t = demonstrate(run.policy, run.ctx, task, *script)
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
             endings.append(PAIR_ENDING if pair else 2 * args.k + 2)
+    return prompts, rows, endings
+
+
+def warmup_step(run: Run, step: int) -> tuple[dict, list]:
+    """One step of imitation of scripted demonstrations: weighted mean cross-entropy over their action tokens."""
+    args, began = run.args, time.perf_counter()
+    prompts, rows, endings = warmup_demonstrations(run, step)
     n_actions = sum(sum(r.action_mask) for r in rows)
     own = my_share([len(r.ids) for r in rows])
     counts = [sum(rows[i].action_mask) for i in own]
     weights = []
     for i, n in zip(own, counts):
-        ending = endings[i] if endings[i] == PAIR_ENDING else 0
+        ending = PAIR_ENDING if endings[i] == PAIR_ENDING else 0
         weights += [1.0] * (n - ending) + [PAIR_WEIGHT] * ending
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
-    own_rows = [rows[i] for i in own]
-    logprobs, _ = accumulate(policy, prompts, own_rows, weights, n_actions, **how)
+    shown = [rows[i] for i in own]
+    logprobs, _ = accumulate(run.policy, prompts, shown, weights, n_actions, **how)
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, x in zip(own, logprobs.split(counts)):
         sums[1 + (endings[i] == PAIR_ENDING)] -= float(x[-endings[i] :].sum())
     total, lists, pairs = over_ranks(sums)
     n_pairs = endings.count(PAIR_ENDING)
-    ramp = min(50, 1 + args.warmup_steps // 10)
-    lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * (1 - progress)))
+    left, ramp = 1 - step / args.warmup_steps, min(50, 1 + args.warmup_steps // 10)
+    lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * left))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
     metrics["answer_loss"] = lists / args.k / max(1, len(rows) - n_pairs)
     metrics |= {"pair_loss": pairs / max(1, n_pairs)} | update(run, lr)
