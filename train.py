@@ -469,6 +469,7 @@ def end_of_step(run: Run, last: bool) -> None:
     if failing or stop or last or run.step % run.args.save_every == 0:
         save_state(run)
     if failing:
+        part_ranks()
         raise ModelError(
             f"3 updates in a row were not finite; state saved in {run.out}: start anew with a lower --lr"
         )
@@ -488,6 +489,7 @@ def leave(run: Run, received: int) -> None:
     """Exit as a signal asked for, saying how to go on."""
     done = f"after step {run.step} of {run.stage}" if run.stage else "before training"
     print(f"\nstopped {done}; continue with: python train.py --resume {run.out}")
+    part_ranks()
     sys.exit(128 + received)
 
 
@@ -643,6 +645,12 @@ def join_ranks(device: str) -> None:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     if dist.get_rank():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def part_ranks() -> None:
+    """Leave the other processes when all are done or stop: gloo's threads abort an interpreter that ends under them."""
+    if ranks()[1] > 1:
+        dist.destroy_process_group()
 
 
 def shard(run: Run) -> None:
@@ -944,8 +952,7 @@ def main() -> None:
         if run.stage != stage:
             run.stage, run.step, run.optimizer = stage, 0, None
         train_stage(run, stage)
-    if n > 1:
-        dist.destroy_process_group()
+    part_ranks()
     if rank > 0:
         return
     if args.stage != "warmup":

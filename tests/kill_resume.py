@@ -155,7 +155,7 @@ def main():
     rng, root = random.Random(args.seed), pathlib.Path(tempfile.mkdtemp())
     agent = args.agent or str(root / "agent")
     if not args.agent:
-        train.list_reward, train.pair_reward, train.mine = noisy, noisy, pair_each
+        train.reward, train.mine = noisy, pair_each
         assert os.waitpid(forked(save_random_agent, root / "agent"), 0)[1] == 0
     status, reports = attempt(root / "whole", agent)
     assert status == 0, (root / "log.txt").read_text()[-2000:]

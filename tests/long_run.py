@@ -36,7 +36,7 @@ def resident():
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def noisy(t, *_):
+def noisy(_, t, *__):
     """A reward that a random agent can earn; it depends on the tokens only."""
     return sum(i * n for n, i in enumerate(t.ids)) % 9973 / 9973
 
@@ -69,7 +69,7 @@ def main():
     ctx = Context(ds, SASRec(len(ds.items)).eval())
     texts = train.demonstration_texts(ctx, ds.splits["train"][:60], 10)
     save_policy(build_tiny_agent(texts, SIZE), folder / "agent")
-    train.list_reward = noisy
+    train.reward = noisy
     train.log_step = watch = Watch(train.log_step)
     out, agent = str(folder / "run"), str(folder / "agent")
     sys.argv = ["train.py", *FLAGS.split(), "--steps", str(steps), "--model", agent, "--out", out]  # fmt: skip

@@ -206,7 +206,7 @@ def agent(tmp_path_factory, texts):
 def main(monkeypatch, hostile, agent):
     """Runs train.py's main with these flags on the hostile dataset; signal handlers are put back."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for name, function in {"list_reward": noisy, "pair_reward": noisy, "mine": pair_each}.items():  # fmt: skip
+    for name, function in {"reward": noisy, "mine": pair_each}.items():  # fmt: skip
         monkeypatch.setattr(train, name, function)
     short = f"--model {agent} --dtype float32 --batch 2 --group-size 2 --max-new-tokens 60 --mine-samples 6 --no-eval"
     short += " --steps 2 --ppr-steps 1 --save-every 1"
