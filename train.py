@@ -468,8 +468,8 @@ def end_of_step(run: Run, last: bool) -> None:
     failing = run.skipped >= 3
     if failing or stop or last or run.step % run.args.save_every == 0:
         save_state(run)
+        over_ranks([0])  # nobody leaves, and has the others ended, before it is written
     if failing:
-        part_ranks()
         raise ModelError(
             f"3 updates in a row were not finite; state saved in {run.out}: start anew with a lower --lr"
         )
@@ -489,7 +489,7 @@ def leave(run: Run, received: int) -> None:
     """Exit as a signal asked for, saying how to go on."""
     done = f"after step {run.step} of {run.stage}" if run.stage else "before training"
     print(f"\nstopped {done}; continue with: python train.py --resume {run.out}")
-    part_ranks()
+    end_rank(128 + received)
     sys.exit(128 + received)
 
 
@@ -647,10 +647,12 @@ def join_ranks(device: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def part_ranks() -> None:
-    """Leave the other processes when all are done or stop: gloo's threads abort an interpreter that ends under them."""
-    if ranks()[1] > 1:
-        dist.destroy_process_group()
+def end_rank(status: int) -> None:
+    """One of several processes ends here and now: in an interpreter's teardown gloo's threads abort it now and then."""
+    if launched() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def shard(run: Run) -> None:
@@ -952,13 +954,15 @@ def main() -> None:
         if run.stage != stage:
             run.stage, run.step, run.optimizer = stage, 0, None
         train_stage(run, stage)
-    part_ranks()
+    if n > 1:
+        dist.destroy_process_group()
     if rank > 0:
-        return
+        end_rank(0)
     if args.stage != "warmup":
         release(run)
         evaluate(args, "the training")
     print(f"done: {run.out}; read trajectories with: python eval.py {run.out} --show 3")
+    end_rank(0)
 
 
 if __name__ == "__main__":
