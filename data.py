@@ -75,7 +75,7 @@ def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
 def read_jsonl(path: pathlib.Path) -> list[dict]:
     """The objects in a file, without lines that an interruption cut; none if there is no such file."""
     found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             found.append(json.loads(text))
         except ValueError:

@@ -269,6 +269,20 @@ def plain_head(model: torch.nn.Module) -> bool:
     return torch.allclose(model(ids).logits, ours, rtol=1e-4, atol=1e-4)
 
 
+def separate_letters(policy: Policy, seed: int = 0) -> None:
+    """Draw the embeddings of A and B anew where training has made them one (cosine above .99), in place.
+
+    Tied rows that are hardly ever read are only pushed away as outputs, and Adam pushes all of them alike; a model that
+    cannot tell the letters apart has no gradient that would teach it to.
+    """
+    table = policy.model.get_input_embeddings().weight.data
+    rows = [policy.encode(letter)[-1] for letter in "AB"]
+    if F.cosine_similarity(*table[rows], dim=0) > 0.99:
+        generator = torch.Generator().manual_seed(seed)
+        fresh = torch.randn(2, table.shape[1], generator=generator).to(table)
+        table[rows] = F.normalize(fresh) * table[rows].norm(dim=1, keepdim=True)
+
+
 def save_policy(policy: Policy, folder: pathlib.Path) -> None:
     """Write a folder that AutoModelForCausalLM loads."""
     plain_copy(policy.model, torch.float32).save_pretrained(folder)

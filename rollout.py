@@ -598,8 +598,8 @@ def demonstrate(
 
     The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
     trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
-    to learning. There are 0 to `max_calls` calls; half of the `hasty` ones answer at once, the others make one call less
-    at most. Whatever follows from these choices is always the same: chance there would only be noise to learn.
+    to learning. There are 0 to `max_calls` calls; of the `hasty` ones half answer at once and half make one call less at
+    most, which may be none. Whatever follows from these choices is always the same: chance there would only be noise to learn.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))

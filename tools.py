@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data import Dataset, Item, Sample, history
+from data import Dataset, Item, Sample, history, read_jsonl
 from sasrec import SASRec
 
 MAX_OBSERVATION = 900  # characters; longer text is cut and says so
@@ -90,8 +90,7 @@ SNAPSHOTS = 64  # of what was bought before a time; a look-up counts on from the
 
 def read_profiles(path: pathlib.Path) -> dict[int, str]:
     """Sample id -> profile written by a model; empty if there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["sample"]: row["text"] for row in map(json.loads, lines)}
+    return {row["sample"]: row["text"] for row in read_jsonl(path)}
 
 
 @dataclass

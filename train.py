@@ -74,6 +74,7 @@ from model import (
     memory_table,
     qwen3_config,
     save_policy,
+    separate_letters,
     token_logprobs,
 )
 from ppr import DIRECTIONS, HardPair, bound_gradient, mine, pair_tasks, reward
@@ -100,8 +101,10 @@ LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
-PAIR_ENDING = 13  # tokens of a pair's demonstration that name the winner and the letter
-PAIR_WEIGHT = 8.0  # of each: among hundreds of easy tokens they would never be learned
+PAIR_ENDING = (
+    13  # tokens in which a pair's demonstration names the winner and the letter
+)
+PAIR_WEIGHT = 8.0  # of each in the warm-up, which has hundreds of easier tokens
 PRESETS = ("tiny", "paper")
 MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -316,8 +319,8 @@ def mine_pairs(run: Run) -> None:
 # ------------------------------------------------------------------------------------------- before stage 1: the warm-up
 
 
-def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[int]]:
-    """The prompts and rows of one step of the warm-up, and for each row how many tokens its ending has.
+def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
+    """The prompts and rows of one step of the warm-up, and for each row whether it answers about a pair.
 
     Curriculum: one call at first (copying), then up to two and up to five (adding up); at last often none and
     at most four, so that the agent can use many tools and has to find out that it pays, and which.
@@ -327,7 +330,7 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[int]]:
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
     max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
     script = (args.k, rng, max_calls, progress > 0.85, trained_tools(vars(args)))
-    prompts, rows, endings = [], [], []
+    prompts, rows, paired = [], [], []
     for _ in range(args.batch):
         sample, pair = pool[rng.integers(len(pool))], None
         if rng.random() < 0.4:
@@ -339,29 +342,30 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[int]]:
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
-            endings.append(PAIR_ENDING if pair else 2 * args.k + 2)
-    return prompts, rows, endings
+            paired.append(pair is not None)
+    return prompts, rows, paired
 
 
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
-    """One step of imitation of scripted demonstrations: weighted mean cross-entropy over their action tokens."""
+    """One step of imitation of scripted demonstrations: cross-entropy over their action tokens, weighted."""
     args, began = run.args, time.perf_counter()
-    prompts, rows, endings = warmup_demonstrations(run, step)
+    prompts, rows, paired = warmup_demonstrations(run, step)
     n_actions = sum(sum(r.action_mask) for r in rows)
     own = my_share([len(r.ids) for r in rows])
     counts = [sum(rows[i].action_mask) for i in own]
     weights = []
     for i, n in zip(own, counts):
-        ending = PAIR_ENDING if endings[i] == PAIR_ENDING else 0
-        weights += [1.0] * (n - ending) + [PAIR_WEIGHT] * ending
+        heavy = min(n, PAIR_ENDING) if paired[i] else 0
+        weights += [1.0] * (n - heavy) + [PAIR_WEIGHT] * heavy
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
     shown = [rows[i] for i in own]
     logprobs, _ = accumulate(run.policy, prompts, shown, weights, n_actions, **how)
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, x in zip(own, logprobs.split(counts)):
-        sums[1 + (endings[i] == PAIR_ENDING)] -= float(x[-endings[i] :].sum())
+        ending = PAIR_ENDING if paired[i] else 2 * args.k + 2
+        sums[1 + paired[i]] -= float(x[-ending:].sum())
     total, lists, pairs = over_ranks(sums)
-    n_pairs = endings.count(PAIR_ENDING)
+    n_pairs = sum(paired)
     left, ramp = 1 - step / args.warmup_steps, min(50, 1 + args.warmup_steps // 10)
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * left))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
@@ -438,6 +442,8 @@ def train_stage(run: Run, stage: str) -> None:
             run.pairs = [HardPair(**pair) for pair in read_jsonl(path)]
         else:
             mine_pairs(run)
+    if stage == "warmup" and run.step == 0 and not run.score:
+        separate_letters(run.policy, run.args.seed)
     steps, rank = stage_steps(run, stage), ranks()[0]
     run.optimizer = run.optimizer or make_optimizer(run, stage)
     how = {"total": steps, "initial": run.step, "unit": "step", "disable": rank > 0}
@@ -490,7 +496,6 @@ def leave(run: Run, received: int) -> None:
     done = f"after step {run.step} of {run.stage}" if run.stage else "before training"
     print(f"\nstopped {done}; continue with: python train.py --resume {run.out}")
     end_rank(128 + received)
-    sys.exit(128 + received)
 
 
 def postfix(m: dict) -> str:
@@ -648,11 +653,12 @@ def join_ranks(device: str) -> None:
 
 
 def end_rank(status: int) -> None:
-    """One of several processes ends here and now: in an interpreter's teardown gloo's threads abort it now and then."""
-    if launched() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    """Exit; one of several processes here and now, for in an interpreter's teardown gloo's threads abort it now and then."""
+    if launched() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def shard(run: Run) -> None:
@@ -906,13 +912,13 @@ def read_config(out: pathlib.Path) -> dict:
     return json.loads((out / "config.json").read_text())
 
 
-def evaluate(args: argparse.Namespace, state: str, *flags: str) -> None:
-    """Run eval.py on the run folder (a process of its own: it only needs what is on disk); `state` tells what is safe."""
+def evaluate(args: argparse.Namespace, *flags: str) -> None:
+    """Run eval.py on the run folder (a process of its own: it only needs what is on disk)."""
     samples = str(args.test_samples)
     command = [sys.executable, str(HERE / "eval.py"), args.out, "--samples", samples]
     if not args.no_eval and subprocess.run([*command, *flags], check=False).returncode:
         raise ModelError(
-            f"eval.py failed; {state} is saved, try: python eval.py {args.out}"
+            f"eval.py failed; what was saved is intact, try: python eval.py {args.out}"
         )
 
 
@@ -947,7 +953,7 @@ def main() -> None:
     if args.resumed:
         restore_state(run)
     elif args.stage != "warmup" and not args.warmup_steps and n == 1:
-        evaluate(args, "what training starts from", "--rows", "frozen")
+        evaluate(args, "--rows", "frozen")
     stages = [s for s in STAGES if args.stage in ("all", s)]
     stages = [s for s in stages if s != "warmup" or args.warmup_steps]
     for stage in stages[stages.index(run.stage) if run.stage else 0 :]:
@@ -960,9 +966,10 @@ def main() -> None:
         end_rank(0)
     if args.stage != "warmup":
         release(run)
-        evaluate(args, "the training")
+        evaluate(args)
     print(f"done: {run.out}; read trajectories with: python eval.py {run.out} --show 3")
-    end_rank(0)
+    if n > 1:
+        end_rank(0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rollout import Task
 
 STAGE_1 = {
     "default": "",
-    "no tools": "--no-tools",
+    "no tools": "--no-tools",  # which samples the answer too: nothing else is left
     "G 2": "--group-size 2 --batch 48",
     "G 4": "--group-size 4 --batch 24",
     "G 16": "--group-size 16 --batch 6",

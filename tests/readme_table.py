@@ -1,7 +1,7 @@
 """The README's result tables from finished run folders: print one, or put it between its marks in README.md.
 
     python tests/readme_table.py runs/office-0 runs/office-1 runs/office-2
-    python tests/readme_table.py runs/office-* --into office     # replaces what stands between <!-- office --> and <!-- end -->
+    python tests/readme_table.py runs/office-[0-9] --into office     # replaces what stands between <!-- office --> and <!-- end -->
 
 Run by hand. A cell is the mean over the runs of a row's mean; its interval is the mean of the runs' intervals (the runs
 share the test samples, so it covers the choice of users), and "by run" shows the choice of seed.

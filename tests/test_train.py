@@ -145,6 +145,55 @@ def test_epochs_decide_unless_steps_are_given():
     assert both.steps == 7
 
 
+def test_without_tools_the_answer_is_sampled():
+    """Nothing else is left to chance, so that a greedy answer would leave nothing to learn."""
+    assert train.parse_args([]).greedy_answer
+    assert not train.parse_args(["--no-tools"]).greedy_answer
+    assert train.parse_args(["--no-tools", "--greedy-answer"]).greedy_answer
+
+
+def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
+    small, monkeypatch, tmp_path
+):
+    """The bundled agent's embeddings of A and B had become one, so that it answered all pairs with one letter."""
+    seen, original = [], train.accumulate
+
+    def watching(policy, prompts, rows, weights, *more, **how):
+        at = 0
+        for row in rows:
+            ids = [i for i, m in zip(row.ids, row.action_mask) if m]
+            ending = policy.decode(ids[-13:])
+            pair = re.fullmatch(
+                r"(\d+)>(\d+);(\1|\2)=([AB])</think><answer>\\boxed{\4}</answer>",
+                ending,
+            )
+            seen.append((bool(pair), weights[at : at + len(ids)]))
+            at += len(ids)
+        assert at == len(weights)
+        return original(policy, prompts, rows, weights, *more, **how)
+
+    monkeypatch.setattr(train, "accumulate", watching)
+    policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
+    table = policy.model.get_input_embeddings().weight
+    a, b = (policy.encode(letter)[-1] for letter in "AB")
+    table.data[b] = table.data[a]
+    train.save_policy(policy, tmp_path / "agent")
+    flags = ("--stage", "warmup", "--model", tmp_path / "agent", "--warmup-steps", 1)
+    flags += ("--dtype", "float32", "--batch", 6, "--group-size", 1)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    assert {pair for pair, _ in seen} == {True, False}
+    for pair, weights in seen:
+        end = [8.0] * 13 if pair else [1.0] * 13
+        assert weights[-13:] == end and set(weights[:-13]) <= {1.0}
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["args"]["dataset"] == "office-sim", "whatever office comes to mean"
+    after = train.load_policy(str(tmp_path / "r" / "warmup"))
+    after = after.model.get_input_embeddings().weight
+    assert torch.cosine_similarity(after[a], after[b], dim=0) < 0.9
+    moved = (after - table).norm(dim=1) / table.norm(dim=1)
+    assert moved.argsort()[-2:].sort().values.tolist() == sorted([a, b]), "only those"
+
+
 def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
     def poisoned(policy, *_, **__):
         for p in policy.model.parameters():
