@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import Sample, history
-from model import ModelError, Policy, RaggedBatch, sample_tokens
+from model import ModelError, Policy, RaggedBatch, TrainRow, sample_tokens
 from tools import (
     MAX_OBSERVATION,
     TOOLS,
@@ -134,9 +134,8 @@ def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
         lines.append("No tools.")
     if task.pair:
         a, b = task.pair
-        lines.append(
-            f"Which is {'MORE' if task.more else 'LESS'} likely, A: {a} or B: {b}?"
-        )
+        lines.append(f"Which is {'MORE' if task.more else 'LESS'} likely?")
+        lines += [f"A={a}", f"B={b}"]
     else:
         lines.append("Rank.")
     return "\n".join(lines)
@@ -612,6 +611,7 @@ def demonstrate(
     past = ctx.ds.item[history(ctx.ds, task.sample)]
     n_candidates = len(task.sample.candidates)
     total, first = np.zeros(n_candidates, int), np.arange(n_candidates)
+    weight = 0
     for name in map(str, names):
         trust = str(rng.choice(list(TRUST)))
         leader = first[np.argmax(total[first])]
@@ -640,27 +640,49 @@ def demonstrate(
             if not total.any():
                 first = np.argsort(-shown, kind="stable")
             total += TRUST[trust] * shown
+            weight += TRUST[trust]
     ranking = (first[np.argsort(-total[first], kind="stable")] + 1).tolist()
-    conclude(policy, t, ranking, k)
+    conclude(policy, t, ranking, np.rint(total / max(1, weight)).astype(int), k)
     return t
 
 
-def conclude(policy: Policy, t: Trajectory, ranking: list[int], k: int) -> None:
-    """Write the answer that follows from a ranking of all candidates: its top k, or the letter asked for."""
-    task = t.task
+def conclude(
+    policy: Policy, t: Trajectory, ranking: list[int], means: np.ndarray, k: int
+) -> None:
+    """Write the answer that follows from a ranking of all candidates: its top k, or the letter asked for.
+
+    One step at a time: a small agent that has to name the letter at once never learns to. So its last thought gives
+    the mean score of both options, says which is ahead, and then which is asked for.
+    """
+    task, thought = t.task, ""
     if task.pair:
-        first = min(task.pair, key=ranking.index)
-        second = task.pair[0] + task.pair[1] - first
-        chosen = first if task.more else second
-        t.answer = "AB"[task.pair.index(chosen)]
-        # one step at a time: a small agent that has to name the letter at once never learns to
-        thought = f"<think>{first}>{second};{chosen}={t.answer}</think>"
-        boxed = t.answer
+        scores = [f"{n}:{means[n - 1]}" for n in task.pair]
+        ahead = "AB" if min(task.pair, key=ranking.index) == task.pair[0] else "BA"
+        t.answer = ahead[0 if task.more else 1]
+        asked = "MORE" if task.more else "LESS"
+        thought = f"{' '.join(scores)} {ahead[0]}>{ahead[1]}; {asked}={t.answer}"
+        thought, boxed = f"<think>{thought}</think>", t.answer
     else:
         t.answer = ranking[:k]
-        thought, boxed = "", f"[{','.join(map(str, t.answer))}]"
+        boxed = f"[{','.join(map(str, t.answer))}]"
     write(policy, t, f"{thought}<answer>\\boxed{{{boxed}}}</answer>")
     t.end = "answer"
+
+
+def exercise(policy: Policy, rng: np.random.Generator, n: int = 20) -> TrainRow:
+    """A list of scores as tools show it, and again in another order; the scores there are the action tokens.
+
+    Demonstrations are too sparse to teach a new model to look up what followed a number; such lists do in 60 steps.
+    """
+    scores = -np.sort(-rng.integers(10, size=n))
+    entries = [(f"{k}", f":{x} ") for k, x in zip(rng.permutation(n) + 1, scores)]
+    ids = policy.encode("".join(number + score for number, score in entries))
+    mask = [0] * len(ids)
+    for i in rng.permutation(n):
+        for text, action in zip(entries[i], (0, 1)):
+            piece = policy.encode(text)
+            ids, mask = ids + piece, mask + [action] * len(piece)
+    return TrainRow(0, ids, mask)
 
 
 def write(policy: Policy, t: Trajectory, text: str) -> None:

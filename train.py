@@ -84,6 +84,7 @@ from rollout import (
     Trajectory,
     demonstrate,
     demonstration_texts,
+    exercise,
     profile_prompt,
     rollout,
     trained_tools,
@@ -101,9 +102,7 @@ LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
-PAIR_ENDING = (
-    13  # tokens in which a pair's demonstration names the winner and the letter
-)
+PAIR_ENDING = 17  # tokens in which a pair's demonstration names options and letter
 PAIR_WEIGHT = 8.0  # of each in the warm-up, which has hundreds of easier tokens
 PRESETS = ("tiny", "paper")
 MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
@@ -124,6 +123,12 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1"),
+    (
+        "exercise-steps",
+        int,
+        (0, 0),
+        "first ones of the warm-up, which practise copying",
+    ),
     ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
     ("lr", float, (2e-4, 1e-6), "learning rate"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
@@ -165,7 +170,8 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
 )
 POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
     max_new_tokens micro_tokens slots save_every test_samples"""
-NOT_NEGATIVE = "steps epochs ppr_steps ppr_epochs warmup_steps seed bonus lora_rank"
+NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps seed bonus
+    lora_rank"""
 
 
 @dataclass
@@ -322,11 +328,16 @@ def mine_pairs(run: Run) -> None:
 def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     """The prompts and rows of one step of the warm-up, and for each row whether it answers about a pair.
 
-    Curriculum: one call at first (copying), then up to two and up to five (adding up); at last often none and
-    at most four, so that the agent can use many tools and has to find out that it pays, and which.
+    Curriculum: exercises, if any; then one call (copying), up to two, and up to five (adding up); at last often none
+    and at most four, so that the agent can use many tools and has to find out that it pays, and which.
     """
-    args, progress = run.args, step / run.args.warmup_steps
+    args = run.args
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
+    if step < args.exercise_steps:
+        n = args.batch * args.group_size
+        rows = [exercise(run.policy, rng) for _ in range(n)]
+        return [run.policy.encode("Again:")], rows, [False] * n
+    progress = (step - args.exercise_steps) / (args.warmup_steps - args.exercise_steps)
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
     max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
     script = (args.k, rng, max_calls, progress > 0.85, trained_tools(vars(args)))
@@ -369,8 +380,10 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     left, ramp = 1 - step / args.warmup_steps, min(50, 1 + args.warmup_steps // 10)
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * left))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
-    metrics["answer_loss"] = lists / args.k / max(1, len(rows) - n_pairs)
-    metrics |= {"pair_loss": pairs / max(1, n_pairs)} | update(run, lr)
+    if step >= args.exercise_steps:
+        metrics["answer_loss"] = lists / args.k / max(1, len(rows) - n_pairs)
+        metrics["pair_loss"] = pairs / max(1, n_pairs)
+    metrics |= update(run, lr)
     metrics["tokens"] = sum(len(r.ids) for r in rows)
     return metrics | {"seconds_update": time.perf_counter() - began}, []
 
@@ -775,6 +788,8 @@ def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
         args.model, args.warmup_steps = "new", args.warmup_steps or 1500
+        if args.exercise_steps is None:
+            args.exercise_steps = args.warmup_steps // 10
     if args.no_tools and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
     stages = [x for x in ("", "ppr_") if getattr(args, f"{x}epochs") is not None]

@@ -205,10 +205,10 @@ def test_pairs_are_asked_in_both_directions_with_a_balanced_order():
 @pytest.mark.parametrize(
     ("pair", "more", "right", "wrong", "question"),
     [
-        ((3, 8), True, "A", "B", "Which is MORE likely, A: 3 or B: 8?"),
-        ((3, 8), False, "B", "A", "Which is LESS likely, A: 3 or B: 8?"),
-        ((8, 3), True, "B", "A", "Which is MORE likely, A: 8 or B: 3?"),
-        ((8, 3), False, "A", "B", "Which is LESS likely, A: 8 or B: 3?"),
+        ((3, 8), True, "A", "B", "Which is MORE likely?|A=3|B=8"),
+        ((3, 8), False, "B", "A", "Which is LESS likely?|A=3|B=8"),
+        ((8, 3), True, "B", "A", "Which is MORE likely?|A=8|B=3"),
+        ((8, 3), False, "A", "B", "Which is LESS likely?|A=8|B=3"),
     ],
 )
 def test_pair_reward_pays_the_right_letter(ctx, pair, more, right, wrong, question):
@@ -218,7 +218,7 @@ def test_pair_reward_pays_the_right_letter(ctx, pair, more, right, wrong, questi
         assert pair_reward(answered(answer, task=task)) == reward
     assert pair_reward(answered(right, task=task, malformed=True)) == -1
     shown = user_prompt(ctx, Task(ctx.ds.splits["test"][0], pair, more), ALL_TOOLS)
-    assert shown.splitlines()[-1] == question
+    assert shown.splitlines()[-3:] == question.split("|")
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from rank import shrink
@@ -162,9 +163,9 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
         at = 0
         for row in rows:
             ids = [i for i, m in zip(row.ids, row.action_mask) if m]
-            ending = policy.decode(ids[-13:])
+            ending = policy.decode(ids[-17:])
             pair = re.fullmatch(
-                r"(\d+)>(\d+);(\1|\2)=([AB])</think><answer>\\boxed{\4}</answer>",
+                r"\d+:\d \d+:\d [AB]>[AB]; (MORE|LESS)=([AB])</think><answer>\\boxed{\2}</answer>",
                 ending,
             )
             seen.append((bool(pair), weights[at : at + len(ids)]))
@@ -183,8 +184,8 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
     run_main(monkeypatch, *flags, "--out", tmp_path / "r")
     assert {pair for pair, _ in seen} == {True, False}
     for pair, weights in seen:
-        end = [8.0] * 13 if pair else [1.0] * 13
-        assert weights[-13:] == end and set(weights[:-13]) <= {1.0}
+        end = [8.0] * 17 if pair else [1.0] * 17
+        assert weights[-17:] == end and set(weights[:-17]) <= {1.0}
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["args"]["dataset"] == "office-sim", "whatever office comes to mean"
     after = train.load_policy(str(tmp_path / "r" / "warmup"))
@@ -192,6 +193,28 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
     assert torch.cosine_similarity(after[a], after[b], dim=0) < 0.9
     moved = (after - table).norm(dim=1) / table.norm(dim=1)
     assert moved.argsort()[-2:].sort().values.tolist() == sorted([a, b]), "only those"
+
+
+def test_exercises_ask_for_what_followed_a_number():
+    policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
+    row = train.exercise(policy, np.random.default_rng(0))
+    text, once = policy.decode(row.ids), row.action_mask.index(1) - 1
+    entries = re.findall(r"(\d+):(\d) ", text)
+    assert len(entries) == 40 and set(entries[:20]) == set(entries[20:])
+    assert entries[:20] != entries[20:] and len({n for n, _ in entries}) == 20
+    assert policy.decode(row.ids[:once]).strip().endswith(":".join(entries[19]))
+    asked = [policy.decode([t]) for t, m in zip(row.ids, row.action_mask) if m]
+    assert asked == [f":{score} " for _, score in entries[20:]]
+
+
+def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
+    flags = ("--stage", "warmup", "--model", "assets/tiny-agent", "--warmup-steps", 2)
+    flags += ("--exercise-steps", 1, "--batch", 2, "--group-size", 2)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    practice, demonstrations = map(json.loads, lines)
+    assert practice["tokens"] < 4 * 200 and "answer_loss" not in practice
+    assert demonstrations["answer_loss"] > 0
 
 
 def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
