@@ -597,13 +597,14 @@ def demonstrate(
 
     The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
     trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
-    to learning. There are 0 to `max_calls` calls; of the `hasty` ones half answer at once and half make one call less at
-    most, which may be none. Whatever follows from these choices is always the same: chance there would only be noise to learn.
+    to learning. There are 0 to `max_calls` calls, at least one for a pair; of the `hasty` rankings half are given at once and
+    half after one call less at most, which may be none. Whatever follows from these choices is always the same: chance there
+    would only be noise to learn.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
-    n_calls = rng.integers(max_calls + 1)
-    if hasty:
+    n_calls = rng.integers(bool(task.pair), max_calls + 1)
+    if hasty and not task.pair:
         n_calls = rng.integers(2) * rng.integers(max_calls)
     names = rng.permutation(allowed)[: n_calls if tools else 0]
     if rng.random() < 0.1:  # some tools are asked twice

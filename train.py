@@ -102,8 +102,8 @@ LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
-PAIR_ENDING = 17  # tokens in which a pair's demonstration names options and letter
-PAIR_WEIGHT = 8.0  # of each in the warm-up, which has hundreds of easier tokens
+PAIR_ENDING = 17  # tokens with which the demonstration of a pair ends
+ENDING_WEIGHT = 4.0  # of an answer's tokens in the warm-up: others are easy or chance
 PRESETS = ("tiny", "paper")
 MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -123,12 +123,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1"),
-    (
-        "exercise-steps",
-        int,
-        (0, 0),
-        "first ones of the warm-up, which practise copying",
-    ),
+    ("exercise-steps", int, (0, 0), "first warm-up steps, which practise copying"),
     ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
     ("lr", float, (2e-4, 1e-6), "learning rate"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
@@ -344,7 +339,7 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     prompts, rows, paired = [], [], []
     for _ in range(args.batch):
         sample, pair = pool[rng.integers(len(pool))], None
-        if rng.random() < 0.4:
+        if rng.random() < 0.3:
             two = rng.permutation(len(sample.candidates))[:2] + 1
             pair = tuple(two.tolist())
         task = Task(sample, pair, bool(rng.random() < 0.5))
@@ -363,18 +358,18 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     prompts, rows, paired = warmup_demonstrations(run, step)
     n_actions = sum(sum(r.action_mask) for r in rows)
     own = my_share([len(r.ids) for r in rows])
+    endings = [PAIR_ENDING if pair else 2 * args.k + 2 for pair in paired]
     counts = [sum(rows[i].action_mask) for i in own]
     weights = []
     for i, n in zip(own, counts):
-        heavy = min(n, PAIR_ENDING) if paired[i] else 0
-        weights += [1.0] * (n - heavy) + [PAIR_WEIGHT] * heavy
+        heavy = min(n, endings[i])
+        weights += [1.0] * (n - heavy) + [ENDING_WEIGHT] * heavy
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
     shown = [rows[i] for i in own]
     logprobs, _ = accumulate(run.policy, prompts, shown, weights, n_actions, **how)
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, x in zip(own, logprobs.split(counts)):
-        ending = PAIR_ENDING if paired[i] else 2 * args.k + 2
-        sums[1 + paired[i]] -= float(x[-ending:].sum())
+        sums[1 + paired[i]] -= float(x[-endings[i] :].sum())
     total, lists, pairs = over_ranks(sums)
     n_pairs = sum(paired)
     left, ramp = 1 - step / args.warmup_steps, min(50, 1 + args.warmup_steps // 10)

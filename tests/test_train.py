@@ -184,8 +184,9 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
     run_main(monkeypatch, *flags, "--out", tmp_path / "r")
     assert {pair for pair, _ in seen} == {True, False}
     for pair, weights in seen:
-        end = [8.0] * 17 if pair else [1.0] * 17
-        assert weights[-17:] == end and set(weights[:-17]) <= {1.0}
+        ending = 17 if pair else 22  # ]}, </answer>, ten numbers and what is between
+        assert weights[-ending:] == [4.0] * ending
+        assert set(weights[:-ending]) <= {1.0}
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["args"]["dataset"] == "office-sim", "whatever office comes to mean"
     after = train.load_policy(str(tmp_path / "r" / "warmup"))
@@ -214,7 +215,7 @@ def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     practice, demonstrations = map(json.loads, lines)
     assert practice["tokens"] < 4 * 200 and "answer_loss" not in practice
-    assert demonstrations["answer_loss"] > 0
+    assert "answer_loss" in demonstrations
 
 
 def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
