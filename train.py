@@ -323,8 +323,8 @@ def mine_pairs(run: Run) -> None:
 def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     """The prompts and rows of one step of the warm-up, and for each row whether it answers about a pair.
 
-    Curriculum: exercises, if any; then one call (copying), up to two, and up to five (adding up); at last half of the
-    rankings with few or none, so that the agent can use many tools and has to find out that it pays, and which.
+    Curriculum: exercises, if any; then one call (copying), up to two, and up to five (adding up); at last rankings
+    with few or none, so that the agent can use many tools and has to find out that it pays, and which.
     """
     args = run.args
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
@@ -335,7 +335,7 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     progress = (step - args.exercise_steps) / (args.warmup_steps - args.exercise_steps)
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
     max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
-    tools = trained_tools(vars(args))
+    script = (args.k, rng, max_calls, progress > 0.9, trained_tools(vars(args)))
     prompts, rows, paired = [], [], []
     for _ in range(args.batch):
         sample, pair = pool[rng.integers(len(pool))], None
@@ -344,9 +344,7 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
             pair = tuple(two.tolist())
         task = Task(sample, pair, bool(rng.random() < 0.5))
         for _ in range(args.group_size):
-            hasty = progress > 0.85 and rng.random() < 0.5
-            how = (args.k, rng, max_calls, hasty, tools)
-            t = demonstrate(run.policy, run.ctx, task, *how)
+            t = demonstrate(run.policy, run.ctx, task, *script)
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
