@@ -291,7 +291,9 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     assert 0 < frozen["tool_ms"] < frozen["ms"] and frozen["tool_calls"] > 0
     gap = result["paired"]["frozen-itemknn"]["ndcg@10"]["mean"]
     assert gap == pytest.approx(frozen["ndcg@10"]["mean"] - knn["ndcg@10"]["mean"])
-    assert result["rows"]["plan_first"]["valid"] == 0  # it was never taught to plan
+    assert (
+        result["rows"]["plan_first"]["tool_calls"] == 0
+    )  # it was never taught to plan
     assert "frozen-plan_first" in result["paired"]
     probes = result["probes"]
     assert set(probes["without_tool"]) == set(ev.ALL_TOOLS)
