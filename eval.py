@@ -39,7 +39,7 @@ from data import (
     run_main,
 )
 from grpo import ndcg, rank_of_positive
-from model import ModelError, Policy, load_policy
+from model import ModelError, Policy, check_device, load_policy
 from ppr import HardPair, pair_tasks, reward
 from rollout import ALL_TOOLS, STRATEGIES, Task, rollout, trained_tools
 from sasrec import load_sasrec
@@ -345,7 +345,8 @@ def kendall(a: list[int], b: list[int]) -> float:
     items = sorted({*a, *b})
     x, y = ([r.index(i) if i in r else len(r) for i in items] for r in (a, b))
     dx, dy = (np.sign(np.subtract.outer(r, r)) for r in (x, y))
-    return float((dx * dy).sum() / np.sqrt((dx**2).sum() * (dy**2).sum()))
+    norm = np.sqrt((dx**2).sum() * (dy**2).sum())
+    return float((dx * dy).sum() / norm) if norm else 1.0
 
 
 def ranked_items(line: dict) -> list[int]:
@@ -600,11 +601,11 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("out", type=pathlib.Path, metavar="RUN", help="run folder made by train.py")
-    add("--split", choices=["valid", "test"], default="test")
+    add("--split", choices=["valid", "test"], default="test", help="what to rank")
     add("--samples", type=int, help="of the split (0: all; default: as the run did)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the agents' sampling")
     add("--temperature", type=float, default=0.0, help="of the agents (0: greedy)")
-    add("--rows", nargs="+", help="print only these rows, e.g. frozen; write nothing")
+    add("--rows", nargs="+", help="print only these rows, e.g. frozen; no report")
     add("--models", nargs="+", default=[], metavar="DIR", help="more runs, checkpoints")
     how = {"nargs": "+", "choices": list(STRATEGIES), "default": ["react"]}
     add("--agent", **how, help="also the untrained model as these agents")
@@ -614,8 +615,11 @@ def parse_args() -> argparse.Namespace:
     add("--show", type=int, metavar="N", help="print N trajectories and stop")
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
-    if (args.samples or 0) < 0 or min(args.seeds) < 0 or args.temperature < 0:
-        parser.error("--samples, --seeds and --temperature cannot be negative")
+    counts = [args.samples or 0, args.show or 0, args.probes or 0, *args.seeds]
+    if min(counts) < 0 or args.temperature < 0:
+        parser.error(
+            "--samples, --show, --probes, --seeds and --temperature cannot be negative"
+        )
     if len(args.seeds) > 1 and not args.temperature:
         parser.error(
             "--seeds need a --temperature above 0: greedy agents have no chance"
@@ -636,6 +640,7 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
             setattr(args, name, own[name])
     if args.samples is None:
         args.samples = own["test_samples"]
+    check_device(args.device)
     args.slots = own["slots"] * own["group_size"]
     ds = load_dataset(own["dataset"], own["data_dir"])
     if ds.fingerprint() != config["fingerprint"]:

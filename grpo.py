@@ -99,7 +99,7 @@ def policy_gradient(
     }
     telling = np.flatnonzero(~(flat | dropped))
     if not len(telling):
-        return metrics | {"kl_sampler_trainer": 0.0, "entropy": 0.0, "loss": 0.0}
+        return metrics | {"kl_sampler_trainer": None, "entropy": None, "loss": 0.0}
     own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
     rows, weights, old = [], [], []
     for p in telling[own]:
@@ -112,8 +112,9 @@ def policy_gradient(
             old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
-    done = accumulate(policy, prompts, rows, weights, denominator, **how)  # Eq. 6
-    logprobs, entropies = done
+    logprobs, entropies = accumulate(
+        policy, prompts, rows, weights, denominator, **how
+    )  # Eq. 6
     gap = logprobs - torch.tensor(old)
     loss = -(torch.tensor(weights) * logprobs).sum() / denominator
     sums = [len(gap), (gap.exp() - 1 - gap).sum(), entropies.sum(), loss]
@@ -171,7 +172,7 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
     of_ranks = {
         "ndcg@10": [ndcg(r, 10) for r in ranks],
         "hit@1": [r == 1 for r in ranks],
-        "hit@10": [r is not None for r in ranks],
+        "hit@10": [r is not None and r <= 10 for r in ranks],
     }
     of_all = {
         "valid": [t.valid for t in everyone],

@@ -163,10 +163,8 @@ class Policy:
 
     def __post_init__(self):
         self.model.set_attn_implementation("shared_prefix")
-        windows = {getattr(m, "sliding_window", None) for m in self.model.modules()} - {
-            None
-        }
-        self.window = min(windows, default=None)
+        windows = [getattr(m, "sliding_window", None) for m in self.model.modules()]
+        self.window = min(filter(None, windows), default=None)
         added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, added))) if added else None
         eos = getattr(self.model.generation_config, "eos_token_id", None)
@@ -220,6 +218,15 @@ class Policy:
     def sampler(self) -> torch.nn.Module:
         """The model to sample from: autocast would cast fp32 matrices again at every token."""
         return plain_copy(self.model, self.dtype)
+
+
+def check_device(device: str) -> None:
+    """ModelError if torch cannot compute there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0]
+        raise ModelError(f"--device {device} cannot be used: {why}") from e
 
 
 def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Policy:
@@ -379,12 +386,8 @@ class RaggedBatch:
     """
 
     def __init__(self, policy: Policy, slots: int, group: int):
-        self.policy, self.model, self.slots, self.group = (
-            policy,
-            policy.sampler(),
-            slots,
-            group,
-        )
+        self.policy, self.model = policy, policy.sampler()
+        self.slots, self.group = slots, group
         self.prompts: list[LayerKV] = []  # a layer: [P, K, T, D]
         self.own: list[LayerKV] = []  # a layer: [P, K, G, S, D]
         self.prompt_length = [0] * slots

@@ -62,14 +62,11 @@ class Trajectory:
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)  # 1: sampled by the policy
-    logprobs: list[float] = field(
-        default_factory=list
-    )  # of sampled tokens when sampled, 0 elsewhere
+    logprobs: list[float] = field(default_factory=list)  # when sampled, else 0
     greedy: set[int] = field(default_factory=set)  # places of tokens without chance
     calls: list[Call] = field(default_factory=list)
-    answer: list[int] | str | None = (
-        None  # ranked candidate numbers, or "A" / "B"; None: no valid answer
-    )
+    # ranked candidate numbers, or "A" / "B"; None: no valid answer
+    answer: list[int] | str | None = None
     malformed: bool = False  # a call that could not be read, or an unknown tool
     end: str = ""  # answer, invalid, eos, budget, length
     reward: float = 0.0
@@ -98,7 +95,7 @@ def trained_tools(flags: dict) -> tuple[str, ...]:
 HOW = {  # what each strategy's system prompt says of the way to the answer
     "react": f"""First think inside <think></think>. You may then call one tool with
 <tool_call>{{"name": "...", "arguments": {{...}}}}</tool_call> and will read its <observation></observation>;
-repeat as needed, at most {MAX_CALLS} calls. Tools end with every candidate's score as number:score, 0 to 9.""",
+repeat as needed, at most {MAX_CALLS} calls. Most tools end with every candidate's score as number:score, 0 to 9.""",
     "plan-first": """First plan all the calls that help, each tool at most once, as one list (the input is "" if a tool takes none):
 <tool_call>[{"tool_name": "...", "input": "..."}, ...]</tool_call>. Tools run in the order shown below, each shortens
 or sorts the list of candidates, and you read the <observation></observation>. After your ranking you are its critic:
@@ -406,9 +403,8 @@ class Rollout:
         self.batch = RaggedBatch(self.policy, self.slots, self.group_size)
         self.rows: list[Row | None] = [None] * (self.slots * self.group_size)
         self.done: list[list[Trajectory]] = [[] for _ in self.tasks]
-        self.waiting = list(range(len(self.tasks)))[
-            ::-1
-        ]  # tasks without a slot, the next one last
+        # tasks without a slot, the next one last
+        self.waiting = list(reversed(range(len(self.tasks))))
         self.slot_task: list[int | None] = [None] * self.slots
 
     def run(self) -> list[list[Trajectory]]:

@@ -149,6 +149,8 @@ def train_sasrec(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, 2e-3, total_steps=max(total, 2)
         )
+        if not sequences:  # nobody has bought twice
+            return model.eval()
         for _ in tqdm(range(epochs), progress, unit="epoch", disable=progress is None):
             for batch in torch.randperm(len(sequences)).split(128):
                 ids = pad([sequences[i] for i in batch])

@@ -106,12 +106,10 @@ class Context:
 
     def __post_init__(self):
         ds = self.ds
-        kinds = [item.category or item.store or "" for item in ds.items]
-        names = sorted(set(kinds))
-        self.kind = self._index(kinds, names)
-        self.kind_names = names
-        brand_names = sorted({i.store or "" for i in ds.items})
-        self.brand = self._index([i.store or "" for i in ds.items], brand_names)
+        kinds = [i.category or i.store or "" for i in ds.items]
+        self.kind_names, self.kind = np.unique(kinds, return_inverse=True)
+        brands = [i.store or "" for i in ds.items]
+        self.brand = np.unique(brands, return_inverse=True)[1]
         self.log_price = np.array(
             [np.log(i.price) if i.price else np.nan for i in ds.items]
         )
@@ -126,11 +124,6 @@ class Context:
         norm = np.linalg.norm(self.states, axis=1, keepdims=True)
         self.states /= np.maximum(norm, 1e-9)
         self._memory: dict[tuple, Observation] = {}
-
-    @staticmethod
-    def _index(values: list[str], names: list[str]) -> np.ndarray:
-        where = {n: i for i, n in enumerate(names)}
-        return np.array([where[v] for v in values])
 
     def _fit_transitions(self) -> None:
         """Count how often kind b is bought soon after kind a, before fit_end; pairs that occur, as a * kinds + b."""
@@ -313,7 +306,7 @@ def get_similar_items(ctx: Context, sample: Sample, item_title: str) -> Observat
 
 
 def get_similar_users(ctx: Context, sample: Sample) -> Observation:
-    """Recent purchases of the 40 users with the nearest SASRec states; candidates score by rank among those."""
+    """Recent purchases of the 40 users with the nearest SASRec states; candidates score by rank among those and, weakly, everyone's."""
     ds = ctx.ds
     counts, last = ctx.as_of(sample.time)
     seen = np.flatnonzero((last >= 0) & (np.arange(len(last)) != sample.user))
@@ -458,7 +451,10 @@ def tool_scores(ctx: Context, name: str, sample: Sample) -> np.ndarray:
         return np.searchsorted(np.sort(counts), mine, side="right") / len(counts)
     last = ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]])
     arguments = {TOOLS[name].argument: last} if TOOLS[name].argument else {}
-    scores = run_call(ctx, sample, Call(name, arguments)).scores
+    try:
+        scores = run_call(ctx, sample, Call(name, arguments)).scores
+    except ToolError:  # its argument is no title
+        scores = None
     return np.zeros(len(sample.candidates)) if scores is None else scores
 
 

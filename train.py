@@ -67,6 +67,7 @@ from model import (
     TrainRow,
     add_lora,
     build_tiny_agent,
+    check_device,
     checkpoint_layers,
     complete,
     load_policy,
@@ -122,8 +123,18 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
-    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1"),
-    ("exercise-steps", int, (0, 0), "first warm-up steps, which practise copying"),
+    (
+        "warmup-steps",
+        int,
+        (0, 0),
+        "steps of imitation before stage 1 (a new agent: 1500)",
+    ),
+    (
+        "exercise-steps",
+        int,
+        (0, 0),
+        "of them practise looking up numbers (a new agent: a tenth)",
+    ),
     ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
     ("lr", float, (2e-4, 1e-6), "learning rate"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
@@ -306,8 +317,8 @@ def mine_pairs(run: Run) -> None:
     tasks = [Task(sample) for sample in mined_samples(run)]
     how = {"desc": "mining hard pairs", "unit": "sample", "disable": rank > 0}
     with tqdm(total=len(tasks) // n, **how) as bar:
-        tick = lambda group: bar.update()
-        groups = sample_groups(run, tasks, seed, 8 * args.slots, 1, tick)
+        how = {"progress": lambda group: bar.update()}
+        groups = sample_groups(run, tasks, seed, 8 * args.slots, 1, **how)
     run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
     if not run.pairs:
         raise ModelError(
@@ -323,8 +334,8 @@ def mine_pairs(run: Run) -> None:
 def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     """The prompts and rows of one step of the warm-up, and for each row whether it answers about a pair.
 
-    Curriculum: exercises, if any; then one call (copying), up to two, and up to five (adding up); at last rankings
-    with few or none, so that the agent can use many tools and has to find out that it pays, and which.
+    Curriculum: exercises, if any; then one call (copying), up to two, and up to five (adding up); in the last tenth half of
+    the rankings are given at once, so that the agent can use many tools and has to find out that it pays, and which.
     """
     args = run.args
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
@@ -519,7 +530,7 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     if cut > 0.3:
         limit = f"--max-new-tokens {args.max_new_tokens}"
         tqdm.write(f"warning: {cut:.0%} of answers were cut by {limit}")
-    kl = metrics.get("kl_sampler_trainer", 0)
+    kl = metrics.get("kl_sampler_trainer") or 0
     if run.policy.dtype == torch.float32 and kl > 1e-4:
         tqdm.write(f"warning: sampler and trainer disagree, KL {kl:.1e}")
     still = metrics.get("zero_variance_groups") == len(groups)
@@ -785,7 +796,7 @@ def fill_in(args: argparse.Namespace) -> None:
         args.model, args.warmup_steps = "new", args.warmup_steps or 1500
         if args.exercise_steps is None:
             args.exercise_steps = args.warmup_steps // 10
-    if args.no_tools and args.greedy_answer is None:
+    if not trained_tools(vars(args)) and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
     stages = [x for x in ("", "ppr_") if getattr(args, f"{x}epochs") is not None]
     settled = [f"{x}steps" for x in stages]  # epochs that were asked for decide
@@ -813,6 +824,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         (POSITIVE, lambda x: 0 < x < math.inf, "must be positive"),
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
         ("group_size", lambda x: x > 1 or one, "a group's mean needs at least 2 trajectories"),
+        ("warmup_steps", lambda x: x or not one, "--stage warmup of this agent needs a number of steps"),
         ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
         ("shard", lambda x: several or not x, "needs several processes: start with torchrun"),
@@ -831,6 +843,9 @@ def open_run(args: argparse.Namespace) -> Run:
         raise ModelError(
             f"{out} exists; choose another --out, continue it with --resume {out}, or --overwrite"
         )
+    if used and args.overwrite:
+        check_overwritten(args, out)
+    check_device(args.device)
     ds = load_dataset(args.dataset, args.data_dir)
     args.dataset = ds.name  # "office" may mean another one later
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
@@ -852,6 +867,21 @@ def open_run(args: argparse.Namespace) -> Run:
     if sharded:
         shard(run)
     return run
+
+
+def check_overwritten(args: argparse.Namespace, out: pathlib.Path) -> None:
+    """ModelError if --overwrite would delete what is no run folder, or what this run is about to read."""
+    if not (out / "config.json").exists():
+        raise ModelError(
+            f"{out} is no run folder: it is not overwritten; choose another --out"
+        )
+    for name in filter(None, (args.model, args.data_dir)):
+        for path in (pathlib.Path(name), HERE / name):
+            inside = path.resolve().is_relative_to(out.resolve())
+            if inside and path.name != "start":  # where --model new writes
+                raise ModelError(
+                    f"--overwrite would delete {name}; choose another --out"
+                )
 
 
 def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:

@@ -273,6 +273,11 @@ def ndcg(scores, samples, k=10):
     return float(np.where(rank <= k, 1 / np.log2(1 + rank), 0).mean())
 
 
+def test_sasrec_of_a_shop_where_nobody_bought_twice_is_untrained():
+    ds = simulate_office(n_users=100)
+    assert isinstance(train_sasrec(ds, end=int(ds.time.min())), SASRec)
+
+
 def test_sasrecs_states_do_not_see_later_items():
     torch.manual_seed(0)
     model = SASRec(50).eval()

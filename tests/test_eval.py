@@ -81,6 +81,7 @@ def test_learned_fusion_minimises_its_loss(scale, power, near):
         ([1, 2, 3], [1, 2, 3], 1),
         ([1, 2, 3], [3, 2, 1], -1),
         ([1, 2, 3], [1, 3, 2], 1 / 3),
+        ([3], [3], 1),
         ([1, 2], [1, 3], 1 / 3),  # 2 and 3 each tie for the other's last place
     ],
 )

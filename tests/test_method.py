@@ -617,3 +617,10 @@ def test_a_new_tool_is_a_function_and_an_entry(monkeypatch, policy, ctx):
         t = demonstrate(policy, ctx, task, 10, rng, 1, allowed=("get_reviews",))
         assert not t.calls or t.answer[0] == 7
     assert seen
+    assert tools.tool_scores(ctx, "get_reviews", task.sample)[6] == 1
+
+    def get_shelf(ctx, sample, number):
+        raise tools.ToolError("no such shelf")
+
+    monkeypatch.setitem(tools.TOOLS, "get_shelf", tools.Tool(get_shelf, "", "number"))
+    assert not tools.tool_scores(ctx, "get_shelf", task.sample).any()

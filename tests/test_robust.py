@@ -30,7 +30,7 @@ import eval as evaluation
 import model as model_module
 import train
 from data import Sample
-from model import ModelError, load_policy, save_policy
+from model import ModelError, check_device, load_policy, save_policy
 from rollout import Task, Trajectory, check_context
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -387,6 +387,7 @@ WRONG = {
     "--steps -1": "must not be negative", "--ppr-steps -2": "must not be negative", "--seed -1": "must not be negative",
     "--bonus -0.1": "must not be negative", "--list-share 1": "must be at least 0", "--steps x": "invalid int value",
     "--stage pprr": "invalid choice", "--epochs -1": "must not be negative", "--epochs nan": "must not be negative",
+    "--warmup-steps 0 --stage warmup --model x": "--stage warmup of this agent needs a number of steps",
     "--seed 1 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
 }  # fmt: skip
 
@@ -398,6 +399,12 @@ def test_impossible_flags_are_refused_with_the_reason(flags, capsys):
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert flags.split()[0] in last and WRONG[flags] in last
+
+
+def test_an_unknown_device_is_one_line():
+    with pytest.raises(ModelError, match="--device nowhere cannot be used"):
+        check_device("nowhere")
+    check_device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------- numerics

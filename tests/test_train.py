@@ -119,6 +119,13 @@ def test_a_run_folder_is_never_clobbered(small, monkeypatch, tmp_path):
     with pytest.raises(train.ModelError, match="--overwrite"):
         run_main(monkeypatch, *SHORT, "--out", tmp_path / "r")
     assert (tmp_path / "r" / "precious").exists()
+    with pytest.raises(train.ModelError, match="is no run folder"):
+        run_main(monkeypatch, *SHORT, "--out", tmp_path / "r", "--overwrite")
+    (tmp_path / "r" / "config.json").write_text("{}")
+    own = ("--out", tmp_path / "r", "--overwrite", "--model", tmp_path / "r" / "rta")
+    with pytest.raises(train.ModelError, match="--overwrite would delete .*rta"):
+        run_main(monkeypatch, *SHORT, *own)
+    assert (tmp_path / "r" / "precious").exists()
 
 
 @pytest.mark.parametrize(
