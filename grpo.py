@@ -21,6 +21,7 @@ import torch.distributed as dist
 from model import Policy, TrainRow, micro_batches, token_logprobs
 from rollout import Trajectory
 
+MICRO_TOKENS = 16_384  # held at once in an update
 BONUS = 0.1  # for ranking the positive first after at least one tool call
 NOT_RANKED, INVALID = -0.5, -1.0
 
@@ -80,7 +81,7 @@ def policy_gradient(
     groups: list[list[Trajectory]],
     objective: Objective = Objective(),
     temperature: float = 1.0,
-    micro_tokens: int = 16_384,
+    micro_tokens: int = MICRO_TOKENS,
     score: Callable | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of Eq. 6 over all groups into `.grad` and return the step's metrics.
@@ -131,7 +132,7 @@ def accumulate(
     denominator: float = 1.0,
     *,
     temperature: float = 1.0,
-    micro_tokens: int = 16_384,
+    micro_tokens: int = MICRO_TOKENS,
     score: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.

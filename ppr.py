@@ -17,7 +17,14 @@ import numpy as np
 import torch
 
 from data import Sample
-from grpo import INVALID, accumulate, list_reward, my_share, over_ranks
+from grpo import (
+    INVALID,
+    MICRO_TOKENS,
+    accumulate,
+    list_reward,
+    my_share,
+    over_ranks,
+)
 from model import Policy, TrainRow
 from rollout import Task, Trajectory
 from tools import Context
@@ -123,7 +130,7 @@ def letter_rows(policy: Policy, t: Trajectory, prompt: int) -> list[TrainRow]:
 def bound_gradient(
     policy: Policy,
     groups: list[list[Trajectory]],
-    micro_tokens: int = 16_384,
+    micro_tokens: int = MICRO_TOKENS,
     score: Callable | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of Prop. 2's bound, its mean over pairs and trajectories, into `.grad`; returns metrics.

@@ -238,6 +238,7 @@ def get_session_behavior(ctx: Context, sample: Sample) -> Observation:
     rows = history(ctx.ds, sample)
     kinds = ctx.kind[ctx.ds.item[rows]]
     recent = kinds[-3:][::-1]
+    # older ones count less; a lift of 1 is no evidence and scores 0.5
     drift = sum(0.7**i * np.log(ctx.lift(k)) for i, k in enumerate(recent))
     scores = 1 / (1 + np.exp(-1.5 * drift[ctx.kind[list(sample.candidates)]]))
     moved = " > ".join(inert(ctx.kind_names[k], 24) or "unknown" for k in kinds[-4:])
@@ -261,6 +262,7 @@ def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
         ]
         parts.append(f"{name} {', '.join(n or 'unknown' for n in names) or 'none'}")
     n_kinds = len(ctx.kind_names)
+    # 3.4 counts as neutral, for most ratings are high; dividing by count + 1 steadies the mean of a few
     total = np.bincount(kinds, ratings - 3.4, minlength=n_kinds)
     count = np.bincount(kinds, minlength=n_kinds)
     scores = 0.5 + (total / (count + 1) / 2)[ctx.kind[list(sample.candidates)]]
@@ -315,7 +317,7 @@ def get_similar_users(ctx: Context, sample: Sample) -> Observation:
     # take: the same as states[last[seen]], 2.5 times faster
     likeness = ctx.states.take(last[seen], 0) @ ctx.states[last[sample.user]]
     near = best(likeness, 40)
-    weight = np.exp(6 * (likeness[near] - likeness[near[0]]))
+    weight = np.exp(6 * (likeness[near] - likeness[near[0]]))  # the nearest: 1
     # everyone's purchases are a weak prior
     bought = counts * (0.5 / max(1.0, counts.max()))
     for u, w in zip(seen[near], weight):

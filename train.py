@@ -49,6 +49,8 @@ from data import (
     run_main,
 )
 from grpo import (
+    BONUS,
+    MICRO_TOKENS,
     Objective,
     accumulate,
     gather_list,
@@ -147,7 +149,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to so many characters"),
     ("k", int, 10, "length of the ranking, K (paper: 10)"),
-    ("bonus", float, 0.1, "reward for rank 1 with a tool (paper: 0.1)"),
+    ("bonus", float, BONUS, "reward for rank 1 with a tool"),
     ("max-grad-norm", float, 1.0, "gradient clipping"),
     "variants (defaults: the paper's estimator)",
     ("baseline", ("mean", "loo"), "mean", "group baseline b of Eq. 6"),
@@ -164,7 +166,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("seed", int, 0, "of training; samples and SASRec stay the same"),
     ("device", str, "auto", "cpu, cuda, ..."),
     ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
-    ("micro-tokens", int, (16_384, 8192), "tokens held at once in an update"),
+    ("micro-tokens", int, (MICRO_TOKENS, 8192), "tokens held at once in an update"),
     ("lora-rank", int, 0, "train adapters of this rank only (0: all weights)"),
     ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
     ("slots", int, (16, 4), "prompts in flight during a rollout"),
