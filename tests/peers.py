@@ -223,15 +223,16 @@ def open_model(case: Case, device: str):
 
 
 class TurnLengths:
-    """Logits processor: row i writes exactly lengths[i] tokens, the last one `stop`, and `stop` nowhere else."""
+    """Logits processor: row i writes exactly lengths[i] tokens, the last one stops[0], and none of `stops` before."""
 
-    def __init__(self, lengths: list[int], start: int, stop: int, device):
+    def __init__(self, lengths: list[int], start: int, stops: list[int], device):
         self.lengths, self.start = torch.tensor(lengths, device=device), start
-        self.stop = stop
+        self.stops = stops
 
     def __call__(self, ids, scores):
         last = ids.shape[1] - self.start + 1 == self.lengths
-        scores[:, self.stop] = torch.where(last, 1e9, -torch.inf)
+        scores[:, self.stops] = -torch.inf
+        scores[:, self.stops[0]] = torch.where(last, 1e9, -torch.inf)
         return scores
 
 
@@ -262,7 +263,7 @@ def plain_rollout(model, case: Case) -> list[tuple[list[int], list[int]]]:
             max_new_tokens=max(lengths),
             eos_token_id=stop,
             pad_token_id=stop,
-            logits_processor=[TurnLengths(lengths, ids.shape[1], stop, device)],
+            logits_processor=[TurnLengths(lengths, ids.shape[1], [stop], device)],
         )
         for i, n, new in zip(live, lengths, out[:, ids.shape[1] :].tolist()):
             observation = case.rows[i][turn][1]
@@ -356,7 +357,8 @@ class TrlScript:
             [rows[i][self.turn][0] for i in live],
             max(map(len, prompt_ids)),
         )
-        forced = TurnLengths(lengths, start, self.eos_token_ids[0], self.model.device)
+        stops = [*self.eos_token_ids, self.processing_class.pad_token_id]
+        forced = TurnLengths(lengths, start, stops, self.model.device)
         self.model.generate = functools.partial(
             type(self.model).generate, self.model, logits_processor=[forced]
         )
