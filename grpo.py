@@ -113,9 +113,8 @@ def policy_gradient(
             old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
-    logprobs, entropies = accumulate(
-        policy, prompts, rows, weights, denominator, **how
-    )  # Eq. 6
+    data = prompts, rows, weights, denominator
+    logprobs, entropies = accumulate(policy, *data, **how)  # Eq. 6
     gap = logprobs - torch.tensor(old)
     loss = -(torch.tensor(weights) * logprobs).sum() / denominator
     sums = [len(gap), (gap.exp() - 1 - gap).sum(), entropies.sum(), loss]

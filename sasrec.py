@@ -144,13 +144,13 @@ def train_sasrec(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SASRec(len(ds.items))
+        if not sequences:  # nobody has bought twice
+            return model.eval()
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         total = epochs * -(-len(sequences) // 128)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, 2e-3, total_steps=max(total, 2)
         )
-        if not sequences:  # nobody has bought twice
-            return model.eval()
         for _ in tqdm(range(epochs), progress, unit="epoch", disable=progress is None):
             for batch in torch.randperm(len(sequences)).split(128):
                 ids = pad([sequences[i] for i in batch])

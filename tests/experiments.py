@@ -4,9 +4,10 @@
     python tests/experiments.py                                      # the table of what is there, nothing is trained
     python tests/experiments.py --into experiments                   # puts it between its marks in README.md
 
-Run by hand (a run takes 3 to 10 minutes of one core). Each variant changes one thing of its
-`reference`: those of STAGE_1 train stage 1 alone, those of STAGE_2 start from the default run's stage 1. A difference is taken for
-each test sample with the same seed's reference, averaged over the seeds; its 95% interval resamples users. --dataset and --model ask the same of other data or another agent.
+Run by hand (a run takes 3 to 10 minutes of one core). Each variant changes one thing of its `reference`: those of STAGE_1
+train stage 1 alone, those of STAGE_2 start from the default run's stage 1. A difference is taken for each test sample with
+the same seed's reference, averaged over the seeds; its 95% interval resamples users. --dataset and --model ask the same
+of other data or another agent.
 """
 
 import argparse

@@ -20,7 +20,7 @@ import rollout as rollout_module
 import tools
 from data import Dataset, Item, Sample, make_splits
 from eval import metric
-from grpo import group_advantages, list_reward, rank_of_positive
+from grpo import group_advantages, list_reward, rank_of_positive, rollout_metrics
 from ppr import HardPair, mine, pair_reward, pair_tasks, target_letter, violation_pool
 from rollout import (
     ALL_TOOLS,
@@ -103,6 +103,17 @@ def test_hit_rate_and_ndcg(name, k, value_at, chance):
         assert metric(name, rank, k) == pytest.approx(value)
     mean = sum(metric(name, rank, k) for rank in range(1, 21)) / 20
     assert mean == pytest.approx(chance, abs=6e-4)
+
+
+def test_hits_among_10_of_a_longer_ranking(ctx):
+    """`hit@10` of a ranking of all 20 counts the first ten places only."""
+    sample = ctx.ds.splits["train"][0]
+    positive = sample.target + 1
+    others = [n for n in range(1, 21) if n != positive]
+    for place in (10, 11):
+        t = Trajectory(Task(sample), [])
+        t.answer = [*others[: place - 1], positive, *others[place - 1 :]]
+        assert rollout_metrics([[t]])["hit@10"] == (place == 10)
 
 
 # -------------------------------------------------------------------------------------------- estimator (Eq. 6, Prop. 1)

@@ -157,6 +157,8 @@ def test_without_tools_the_answer_is_sampled():
     """Nothing else is left to chance, so that a greedy answer would leave nothing to learn."""
     assert train.parse_args([]).greedy_answer
     assert not train.parse_args(["--no-tools"]).greedy_answer
+    none = [x for name in train.ALL_TOOLS for x in ("--without-tool", name)]
+    assert not train.parse_args(none).greedy_answer
     assert train.parse_args(["--no-tools", "--greedy-answer"]).greedy_answer
 
 
