@@ -21,7 +21,7 @@ import torch.distributed as dist
 from model import Policy, TrainRow, micro_batches, token_logprobs
 from rollout import Trajectory
 
-MICRO_TOKENS = 16_384  # held at once in an update
+MICRO_TOKENS = 4096  # held at once in an update
 BONUS = 0.1  # for ranking the positive first after at least one tool call
 NOT_RANKED, INVALID = -0.5, -1.0
 
