@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 LayerKV = tuple[torch.Tensor, torch.Tensor]
 # settings of Gemma 2 and its like that change what attention or the vocabulary projection computes
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
+SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
 
 
 class ModelError(ValueError):
@@ -46,7 +47,7 @@ class Packed:
     """Past of sequences that lie in one row without padding; each is causal and sees what is `before` it.
 
     before: for each layer and sequence, the keys and values ahead of it in one or more parts [K, T, D].
-    bias: [S, T + S] of the longest, -inf where a token may not look.
+    bias: [S, T + S] of the longest and SHAPE_STEP more, -inf where a token may not look.
     new: gathers the keys and values [K, N, D] of the row, layer by layer.
     """  # no dataclass: fully_shard copies dataclasses, and their lists, at every layer
 
@@ -113,16 +114,19 @@ class Decode:
 def causal_attention(q, k, v, bias: torch.Tensor, scaling: float) -> torch.Tensor:
     """[H, S, D] queries, the last S of the T tokens whose keys and values [K, T, D] are given."""
     (H, S, D), (K, T, _) = q.shape, k.shape
-    ahead = bias.shape[1] - bias.shape[0]
-    bias = bias[:S, ahead - (T - S) : ahead + S]
+    first = bias.shape[1] - bias.shape[0] - (T - S)  # column of the first key
     if q.is_cuda or H * S * T > 2**25:  # torch has kernels that never hold the scores
         k, v = widen(k[None], v[None], H // K)
+        bias = bias[:S, first : first + T]
         return F.scaled_dot_product_attention(
             q[None], k, v, attn_mask=bias, scale=scaling
         )[0]
-    q, bias = q.reshape(K, -1, D), bias.repeat(H // K, 1)  # K, H/K * S, D
+    if q.dtype == torch.bfloat16:  # few shapes: each new one is compiled, for 0.7 ms
+        q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % SHAPE_STEP)) for x in (q, k, v))
+    bias = bias[: q.shape[1], first : first + k.shape[1]].repeat(H // K, 1)
+    q = q.reshape(K, -1, D)  # K, H/K * S, D
     weight = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-    return (weight @ v).view(H, S, D)
+    return (weight @ v).view(H, -1, D)[:, :S]
 
 
 def shared_prefix_attention(
@@ -357,8 +361,9 @@ def forward_packed(
     """
     lengths, device = list(map(len, sequences)), policy.device
     exact = policy.dtype == torch.float32
-    column = torch.arange(max(lengths) + max(starts), device=device)
-    hidden = column > column[: max(lengths), None] + max(starts)
+    most = max(lengths) + SHAPE_STEP
+    column = torch.arange(most + max(starts), device=device)
+    hidden = column > column[:most, None] + max(starts)
     bias = torch.zeros(
         hidden.shape, dtype=model.dtype if exact else policy.dtype, device=device
     ).masked_fill_(hidden, -torch.inf)

@@ -121,7 +121,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("overwrite", bool, False, "replace an existing run folder"),
     ("resume", str, None, "continue this run folder with its own flags"),
     "training",
-    ("steps", int, (40, None), "steps of stage 1"),
+    ("steps", int, (50, None), "steps of stage 1"),
     ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),

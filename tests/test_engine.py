@@ -320,6 +320,24 @@ def test_tiny_learning_rate_moves_a_bf16_policy(policy):
     assert np.mean(moved) > 0.5
 
 
+def test_rounded_lengths_in_bf16_change_nothing(policy):
+    """In bf16 keys and queries are padded to few lengths; the gradient stays that of fp32 up to bf16's rounding."""
+    prompts, rows = random_rows(policy, [9, 70], [[5, 63, 64, 65], [1, 40]])
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy.dtype = dtype
+        logprobs, _ = token_logprobs(policy, prompts, rows)
+        policy.model.zero_grad()
+        logprobs.sum().backward()
+        found += [
+            logprobs.detach(),
+            policy.model.model.embed_tokens.weight.grad.clone(),
+        ]
+    exact, exact_grad, near, near_grad = found
+    assert torch.allclose(exact, near, atol=0.05)
+    assert (exact_grad - near_grad).norm() < 0.02 * exact_grad.norm()
+
+
 def flat_gradients(policy):
     return {n: p.grad for n, p in policy.model.named_parameters() if p.requires_grad}
 

@@ -146,7 +146,7 @@ def test_impossible_flags_are_refused(flags, capsys):
 
 
 def test_epochs_decide_unless_steps_are_given():
-    assert train.parse_args([]).steps == 40
+    assert train.parse_args([]).steps == 50
     args = train.parse_args(["--epochs", "2"])
     assert (args.steps, args.epochs, args.ppr_steps) == (None, 2, 12)
     both = train.parse_args(["--preset", "paper", "--steps", "7"])
