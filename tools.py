@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os.path import commonprefix
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from data import Dataset, Item, Sample, history, read_jsonl
 from sasrec import SASRec
 
 MAX_OBSERVATION = 900  # characters; longer text is cut and says so
+BEGINNING = 4  # letters by which a misquoted title is still recognised
 PROFILES = "profiles.jsonl"  # in a run folder, if a model wrote them
 
 
@@ -178,10 +180,10 @@ class Context:
         return self.titles[item]
 
     def find(self, sample: Sample, title: str) -> int | None:
-        """The item of this title: the sample's own first, then the catalogue's, then the sample's most similar one.
+        """The item of this title: the sample's own first (recent purchases, then candidates), then the catalogue's.
 
-        Language models misquote titles: one that shares most of its letters with a title of the prompt means that item.
-        None if nothing is near.
+        Language models misquote titles: failing those, the sample's item whose title has most of the same letters, or
+        the one that begins alike for the longest, at least BEGINNING letters. None if nothing is near.
         """
         wanted = inert(title, self.title_limit).casefold()
         own = (*self.ds.item[history(self.ds, sample)][::-1], *sample.candidates)
@@ -190,7 +192,11 @@ class Context:
         if exact is not None:
             return exact
         near = difflib.get_close_matches(wanted, shown, n=1, cutoff=0.6)
-        return shown[near[0]] if near else None
+        if near:
+            return shown[near[0]]
+        alike = [len(commonprefix([wanted, self.titles[i].casefold()])) for i in own]
+        longest = int(np.argmax(alike))
+        return int(own[longest]) if alike[longest] >= BEGINNING else None
 
     def meant(self, item: int, title: str) -> str:
         """The title of the item taken, where it was asked for under another."""

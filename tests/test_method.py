@@ -18,7 +18,7 @@ import torch
 import ppr
 import rollout as rollout_module
 import tools
-from data import Dataset, Item, Sample, make_splits
+from data import Dataset, Item, Sample, history, make_splits
 from eval import metric
 from grpo import group_advantages, list_reward, rank_of_positive, rollout_metrics
 from ppr import HardPair, mine, pair_reward, pair_tasks, target_letter, violation_pool
@@ -608,6 +608,16 @@ def test_a_misquoted_title_means_the_most_similar_one_of_the_prompt(ctx):
     text = run_call(ctx, sample, Call("item_info_search", misquoted)).text
     assert text.startswith(f"{ctx.title(item)}: "), "it says which item it took"
     assert ctx.find(sample, "Qq 123") is None
+
+
+def test_a_title_that_begins_right_means_the_latest_purchase_that_begins_so(ctx):
+    """A small model copies the brand and makes up the rest."""
+    sample = ctx.ds.splits["test"][0]
+    past = ctx.ds.item[history(ctx.ds, sample)][::-1]
+    for begin in {ctx.title(int(i)).split()[0] for i in past}:
+        latest = next(i for i in past if ctx.title(int(i)).startswith(begin))
+        assert ctx.find(sample, f"{begin} zzzzzzzzzzzzzzzzzzzzzzzzzz") == latest
+    assert ctx.find(sample, f"{ctx.title(int(past[0]))[:3]}qqqqqqqqqqqqqqqq") is None
 
 
 def test_a_new_tool_is_a_function_and_an_entry(monkeypatch, policy, ctx):
