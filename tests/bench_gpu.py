@@ -68,7 +68,9 @@ def write_config(config, folder: str, quick: bool) -> str:
     config = copy.deepcopy(config)
     config.update({"max_position_embeddings": 8192, "tie_word_embeddings": True})
     config.update({"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None})
-    config.update(QUICK | {"head_dim": 16} if quick else {})
+    if quick:
+        layers = getattr(config, "layer_types", None)  # Qwen3's, one a layer
+        config.update(QUICK | {"head_dim": 16, "layer_types": layers and layers[:2]})
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(peers.AGENT).save_pretrained(folder)
