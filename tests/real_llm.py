@@ -16,7 +16,7 @@ import rollout as agent
 import train
 from data import load_dataset
 from grpo import list_reward, rollout_metrics
-from model import TrainRow, add_lora, config_line, load_policy, save_policy
+from model import TrainRow, add_lora, load_policy, save_policy
 from sasrec import train_sasrec
 from tools import Context, read_profiles
 
@@ -38,7 +38,7 @@ def make_run(folder: str, flags: list[str]) -> train.Run:
     ds = load_dataset(args.dataset, args.data_dir)
     ctx = Context(ds, train_sasrec(ds, ds.fit_end, epochs=3))
     policy = load_policy(folder, args.device, args.dtype)
-    print(f"{ds.describe()}\n{folder}: {config_line(policy)}, {args.dtype}, EOS {policy.eos}")  # fmt: skip
+    print(f"{ds.describe()}\n{folder}: {policy.describe()}, {args.dtype}, EOS {policy.eos}")  # fmt: skip
     if args.lora_rank:
         add_lora(policy, args.lora_rank)
     return train.Run(args, pathlib.Path(tempfile.mkdtemp()), ds, ctx, policy)

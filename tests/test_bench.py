@@ -1,7 +1,9 @@
-"""The benchmarks run, hold every peer to the same work, and count the least work right."""
+"""The scripts beside the tests import; the benchmarks run, hold every peer to the same work, and count the least work right."""
 
 import argparse
+import importlib
 import json
+import pathlib
 import sys
 
 import bench
@@ -11,6 +13,16 @@ import pytest
 from transformers import Qwen3Config
 
 import rollout as engine
+
+
+HERE = pathlib.Path(__file__).parent
+SCRIPTS = [p.stem for p in HERE.glob("*.py") if p.stem.partition("_")[0] != "test"]
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS} - {"conftest"}))
+def test_script_imports(script):
+    """The suite does not run them all: at least what they import must exist."""
+    importlib.import_module(script)
 
 
 @pytest.fixture
