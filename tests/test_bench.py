@@ -14,7 +14,6 @@ from transformers import Qwen3Config
 
 import rollout as engine
 
-
 HERE = pathlib.Path(__file__).parent
 SCRIPTS = [p.stem for p in HERE.glob("*.py") if p.stem.partition("_")[0] != "test"]
 
