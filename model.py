@@ -673,6 +673,18 @@ TINY_PIECES = (  # what the byte-level BPE may not merge across: a call, a score
 )
 
 
+def tiny_shape(width: int = 256, layers: int = 4) -> dict[str, int]:
+    """Sizes of a Qwen3 of this hidden size, a multiple of 64."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "num_key_value_heads": width // 64,
+        "head_dim": 32,
+    }
+
+
 def build_tiny_agent(
     texts: list[str], size: dict | None = None, vocabulary: int = 1024, seed: int = 0
 ) -> Policy:
@@ -709,14 +721,7 @@ def build_tiny_agent(
         pad_token="<|pad|>",
         chat_template=TINY_TEMPLATE,
     )
-    shape = {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-    } | (size or {})
+    shape = tiny_shape() | (size or {})
     config = Qwen3Config(
         vocab_size=len(wrapped),
         max_position_embeddings=8192,

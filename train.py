@@ -78,6 +78,7 @@ from model import (
     qwen3_config,
     save_policy,
     separate_letters,
+    tiny_shape,
     token_logprobs,
 )
 from ppr import DIRECTIONS, HardPair, bound_gradient, mine, pair_tasks, reward
@@ -138,6 +139,8 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
         "of them practise looking up numbers (a new agent: a tenth)",
     ),
     ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
+    ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
+    ("layers", int, 4, "layers of a new agent"),
     ("lr", float, (2e-4, 1e-6), "learning rate"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
     ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
@@ -177,7 +180,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
 )
 POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
-    max_new_tokens micro_tokens slots save_every test_samples"""
+    max_new_tokens micro_tokens slots save_every test_samples width layers"""
 NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps seed bonus
     lora_rank"""
 
@@ -827,6 +830,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
         ("group_size", lambda x: x > 1 or one, "a group's mean needs at least 2 trajectories"),
         ("warmup_steps", lambda x: x or not one, "--stage warmup of this agent needs a number of steps"),
+        ("width", lambda x: x % 64 == 0, "must be a multiple of 64"),
         ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
         ("shard", lambda x: several or not x, "needs several processes: start with torchrun"),
@@ -907,7 +911,8 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
     if args.model == str(start) and not start.exists():
         ctx = make_context(args, out, ds)
         texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
-        put(start, functools.partial(save_policy, build_tiny_agent(texts)))
+        agent = build_tiny_agent(texts, tiny_shape(args.width, args.layers))
+        put(start, functools.partial(save_policy, agent))
 
 
 def make_context(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> Context:

@@ -205,6 +205,19 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
     assert moved.argsort()[-2:].sort().values.tolist() == sorted([a, b]), "only those"
 
 
+def test_a_new_agent_has_the_width_and_layers_asked_for(small, monkeypatch, tmp_path):
+    flags = ("--stage", "warmup", "--width", 64, "--layers", 1, "--warmup-steps", 1)
+    flags += ("--batch", 2, "--group-size", 1, "--no-eval", "--out", tmp_path / "r")
+    run_main(monkeypatch, *flags)
+    config = json.loads((tmp_path / "r/warmup/config.json").read_text())
+    sizes = [config[f"num_{x}"] for x in ("attention_heads", "key_value_heads")]
+    assert (config["hidden_size"], config["num_hidden_layers"], sizes) == (
+        64,
+        1,
+        [2, 1],
+    )
+
+
 def test_exercises_ask_for_what_followed_a_number():
     policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
     row = train.exercise(policy, np.random.default_rng(0))
