@@ -647,6 +647,9 @@ def fetch(url: str, path: pathlib.Path) -> None:
             request.add_header("Range", f"bytes={have}-")
         reply = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as e:
+        if e.code == 416 and e.headers.get("Content-Range") == f"bytes */{have}":
+            part.rename(path)  # it was already whole
+            return
         if e.code == 416:  # the file has no such part
             advice = f"delete {part} and run the same command again"
         raise DatasetError(f"{url}: HTTP {e.code} {e.reason}; {advice}") from e

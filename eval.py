@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers.utils.hub import cached_file
 
 from data import (
     Dataset,
@@ -251,7 +251,8 @@ def identity(path: str | pathlib.Path) -> str:
     if folder.is_dir():
         return " ".join(identity(p) for p in sorted(folder.iterdir()) if p.is_file())
     if not folder.is_file():
-        return f"{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+        # the cache has a folder for each commit
+        return f"{path}@{pathlib.Path(cached_file(path, 'config.json')).parent.name}"
     with folder.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 

@@ -246,7 +246,9 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
             path, dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as e:
-        raise ModelError(f"{path}: cannot be loaded: {str(e).splitlines()[0]}") from e
+        advice = "" if folder.is_dir() else "; no such folder, and no hub id in reach"
+        why = f"{str(e).splitlines()[0]}{advice}"
+        raise ModelError(f"{path}: cannot be loaded: {why}") from e
     if tokenizer.chat_template is None:
         raise ModelError(
             f"{path}: the tokenizer has no chat template; use an instruct model or set one"

@@ -335,7 +335,7 @@ def follow_plan(ctx, row, turn, tools, k) -> str:
             buffer = buffer[order]
         lines.append(f"{call.name}, {len(buffer)} left: {found.text[:70]}")
     left = " ".join(map(str, buffer))
-    return "\n".join([*lines, f"Candidates left: {left}", "Rank now."])
+    return "\n".join([*lines, f"Candidates left: {left}", "Rank these now."])
 
 
 def parse_plan(text: str, tools: tuple[str, ...]) -> list[Call]:

@@ -536,7 +536,7 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
         limit = f"--max-new-tokens {args.max_new_tokens}"
         tqdm.write(f"warning: {cut:.0%} of answers were cut by {limit}")
     kl = metrics.get("kl_sampler_trainer") or 0
-    if run.policy.dtype == torch.float32 and kl > 1e-4:
+    if kl > (1e-4 if run.policy.dtype == torch.float32 else 1e-2):  # bf16 is coarse
         tqdm.write(f"warning: sampler and trainer disagree, KL {kl:.1e}")
     still = metrics.get("zero_variance_groups") == len(groups)
     if groups and (still or metrics.get("grad_norm") == 0):

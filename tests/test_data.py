@@ -673,7 +673,9 @@ class Files(http.server.BaseHTTPRequestHandler):
         body = server.files.get(self.path)
         start = int(wanted[6:-1]) if wanted and server.trouble != "no ranges" else 0
         if body is None or start >= len(body):
-            self.send_error(404 if body is None else 416)
+            self.send_response(404 if body is None else 416)
+            self.send_header("Content-Range", f"bytes */{len(body or b'')}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
@@ -751,6 +753,25 @@ def test_amazon_is_filtered_as_the_recipe_says(mirror, tmp_path, capsys):
     assert ds.notes == []
 
 
+@pytest.mark.parametrize(
+    "name, category, users, items, interactions",
+    [
+        ("cds", "CDs_and_Vinyl", 5437, 8785, 13826),
+        ("instruments", "Musical_Instruments", 7593, 5279, 15746),
+        ("games", "Video_Games", 6251, 3003, 11457),
+    ],
+)
+def test_the_other_subsets_of_the_paper(
+    mirror, tmp_path, name, category, users, items, interactions
+):
+    mirror.files = {p.replace(CATEGORY, category): b for p, b in mirror.files.items()}
+    main([name, *flags(mirror, tmp_path)[1:]])
+    about = written(tmp_path)[2]
+    paper = {"users": users, "items": items, "interactions": interactions}
+    assert about["paper"] == paper and about["counts"]["interactions"] > 72
+    assert set(about["source"]["bytes"]) == {p.rsplit("/", 1)[1] for p in mirror.files}
+
+
 def test_amazon_flags_keep_unpriced_items_and_move_the_window(mirror, tmp_path):
     window = "--min-date", "2022-10-02", "--max-date", "2022-10-07"
     main(flags(mirror, tmp_path, "--keep-unpriced", *window))
@@ -793,6 +814,15 @@ def test_an_interrupted_download_goes_on_where_it_stopped(mirror, tmp_path):
     ]
     assert (tmp_path / "raw" / f"{CATEGORY}.csv.gz").read_bytes() == ratings
     assert (tmp_path / "raw" / f"meta_{CATEGORY}.jsonl.gz").read_bytes() == metadata
+
+
+def test_a_part_that_is_already_whole_is_taken(mirror, tmp_path):
+    ratings = next(iter(mirror.files.values()))
+    part = tmp_path / "raw" / f"{CATEGORY}.csv.gz.part"
+    part.parent.mkdir()
+    part.write_bytes(ratings)
+    main(flags(mirror, tmp_path))
+    assert part.with_suffix("").read_bytes() == ratings and not part.exists()
 
 
 @pytest.mark.parametrize("trouble", ["no ranges", None])

@@ -126,13 +126,20 @@ def args(tmp_path, ctx):
     )  # fmt: skip
 
 
+class Counts(list):
+    def __init__(self):
+        super().__init__()
+        self.temperatures = []
+
+
 @pytest.fixture
 def rolled(monkeypatch):
     """How many tasks each rollout was given."""
-    counts, real = [], ev.rollout
+    counts, real = Counts(), ev.rollout
 
     def counting(policy, ctx, tasks, **how):
         counts.append(len(tasks))
+        counts.temperatures.append(how["temperature"])
         return real(policy, ctx, tasks, **how)
 
     monkeypatch.setattr(ev, "rollout", counting)
@@ -243,6 +250,7 @@ def test_training_free_agents_are_untrained_models_with_rows_of_their_own(args, 
     for agent in ways * 2:
         ev.play(args, ctx, agent, [Task(ctx.ds.splits["test"][0])], 0)
     assert rolled == [1, 1, 1] and len(list((args.out / "rows").iterdir())) == 3
+    assert rolled.temperatures == [1.0, 0, 1.0], "InteRecAgent plans greedily"
 
 
 def test_report_is_escaped_and_small(tmp_path):

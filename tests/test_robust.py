@@ -439,6 +439,9 @@ def test_flat_rewards_and_cut_answers_are_said_at_once(tmp_path, capsys):
     told = "".join(capsys.readouterr())
     assert "warning: 75% of answers were cut by --max-new-tokens 50" in told
     assert "all groups have equal rewards: no update in this step" in told
-    metrics |= {"cut": 0.1, "zero_variance_groups": 0}
+    metrics |= {"cut": 0.1, "zero_variance_groups": 0, "kl_sampler_trainer": 1e-3}
+    train.log_step(a_run(tmp_path), metrics, [[t, t]])
+    assert "sampler and trainer disagree, KL 1.0e-03" in "".join(capsys.readouterr())
+    metrics["kl_sampler_trainer"] = 9e-5
     train.log_step(a_run(tmp_path), metrics, [[t, t]])
     assert "".join(capsys.readouterr()) == ""
