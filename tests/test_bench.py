@@ -1,7 +1,7 @@
 """The scripts beside the tests import; the benchmarks run, hold every peer to the same work, and count the least work right."""
 
 import argparse
-import importlib
+import importlib.util
 import json
 import pathlib
 import sys
@@ -83,6 +83,34 @@ def test_a_comparison_has_ratios_and_shares_of_the_limit(
         assert r["update_of_limit"] == pytest.approx(least / r["update"])
     ratio = result["peers"]["plain"]["step"] / result["peers"]["ours"]["step"]
     assert f"| {ratio:.1f}x | 1.00 |" in capsys.readouterr().out
+
+
+def test_the_whole_benchmark_prints_its_tables(
+    in_one_process, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "memory_mb", lambda *_, **__: 300.0)
+    every = bench.growth_cases
+
+    def two_of_each(*how):  # to save time
+        return {
+            axis: dict([*points.items()][:2]) for axis, points in every(*how).items()
+        }
+
+    monkeypatch.setattr(bench, "growth_cases", two_of_each)
+    flags = f"--quick --steps 0 --cases b --json {tmp_path / 'b.json'}"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
+    bench.main()
+    told = capsys.readouterr().out
+    assert "trl is not installed (pip install trl): it is left out" in told
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert set(found["cases"]["b"]["peers"]) == {"ours", "plain"}
+    for axis in ("G", "prompt", "turns", "rows"):
+        assert f"## Growth with {axis}, ours" in told
+        flops = [r["flops"] for r in found[f"growth with {axis}"].values()]
+        assert flops == sorted(flops)
+    doubled = found["growth with G"]
+    assert doubled["4"]["flops"] < 2 * doubled["2"]["flops"], "the prompt is shared"
 
 
 def test_work_that_differs_from_the_script_is_refused(tmp_path):
