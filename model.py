@@ -16,6 +16,7 @@ import pathlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 LayerKV = tuple[torch.Tensor, torch.Tensor]
 # settings of Gemma 2 and its like that change what attention or the vocabulary projection computes
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
+SHARED_BEGINNING = (
+    64  # tokens of all prompts of a batch that are worth a forward of their own
+)
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
 
 
@@ -382,6 +386,26 @@ def forward_packed(
     return out.last_hidden_state[0], list(past.new.values())
 
 
+def forward_prompts(
+    policy: Policy, model, prompts: list[list[int]]
+) -> list[list[list[LayerKV]]]:
+    """For each layer and prompt its keys and values in one or two parts [K, T, D]: what all begin with is computed once.
+
+    Chat models have the same system prompt, tools included, in every prompt; a short beginning is not worth a forward.
+    """
+    n = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    n = n if n >= SHARED_BEGINNING and len(prompts) > 1 else 0
+    begin = forward_packed(policy, model, [prompts[0][:n]], [0])[1] if n else []
+    before = [[[pair]] * len(prompts) for pair in begin]
+    rest = [prompt[n:] for prompt in prompts]
+    _, new = forward_packed(policy, model, rest, [n] * len(prompts), before)
+    parts = []
+    for layer, pair in enumerate(new):
+        own = zip(*(x.split(list(map(len, rest)), 1) for x in pair))
+        parts.append([[*begin[layer : layer + 1], x] for x in own])
+    return parts
+
+
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
@@ -404,15 +428,15 @@ class RaggedBatch:
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
         """Compute the prompts' keys and values (all but their last token) and empty the slots' rows."""
         prefixes = [p[:-1] for p in prompts]
-        _, new = forward_packed(self.policy, self.model, prefixes, [0] * len(slots))
+        layers = forward_prompts(self.policy, self.model, prefixes)
         if not self.prompts:
-            self.prompts = [self._buffers(pair) for pair in new]
-            self.own = [self._buffers(pair, self.group) for pair in new]
+            self.prompts = [self._buffers(own[0][0]) for own in layers]
+            self.own = [self._buffers(own[0][0], self.group) for own in layers]
         reserve(self.prompts, max(map(len, prefixes)))
-        for buffers, pair in zip(self.prompts, new):
-            for buffer, x in zip(buffers, pair):
-                for slot, part in zip(slots, x.split(list(map(len, prefixes)), 1)):
-                    buffer[slot, :, : part.shape[1]] = part
+        for buffers, own in zip(self.prompts, layers):
+            for slot, parts in zip(slots, own):
+                for buffer, x in zip(buffers, zip(*parts)):
+                    buffer[slot, :, : sum(p.shape[1] for p in x)] = torch.cat(x, 1)
         for slot, prefix in zip(slots, prefixes):
             self.prompt_length[slot] = len(prefix)
             self.length[slot * self.group : (slot + 1) * self.group] = [0] * self.group
@@ -572,11 +596,8 @@ def token_logprobs(
     assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
     prefixes = [p[:-1] for p in prompts]
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
-    _, shared = forward_packed(policy, policy.model, prefixes, [0] * len(prompts))
-    before = []  # layer, row: the keys and values of its prompt
-    for pair in shared:
-        by_prompt = list(zip(*(x.split(list(map(len, prefixes)), 1) for x in pair)))
-        before.append([[by_prompt[r.prompt]] for r in rows])
+    layers = forward_prompts(policy, policy.model, prefixes)
+    before = [[own[r.prompt] for r in rows] for own in layers]
     starts = [len(prefixes[r.prompt]) for r in rows]
     hidden, _ = forward_packed(policy, policy.model, inputs, starts, before)
     mask = torch.tensor([m for r in rows for m in r.action_mask], device=policy.device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+import model as model_module
 import rollout as rollout_module
 from grpo import policy_gradient
 from model import (
@@ -89,6 +90,53 @@ def test_shared_prefix_gradient_equals_the_dense_one(
     if dtype == "float32":
         assert torch.allclose(shared, dense, atol=1e-4)
     assert (got - want).norm() / want.norm() < tolerance
+
+
+def alike(prompts, n=70):
+    """The prompts behind n tokens that they share, as behind a system prompt."""
+    begin = list(range(5, 5 + n))
+    return [begin + p for p in prompts]
+
+
+def forwarded(monkeypatch):
+    """Lists the lengths of the sequences of every packed forward."""
+    seen, real = [], model_module.forward_packed
+
+    def watching(policy, model, sequences, *more):
+        seen.append(list(map(len, sequences)))
+        return real(policy, model, sequences, *more)
+
+    monkeypatch.setattr(model_module, "forward_packed", watching)
+    return seen
+
+
+def test_what_all_prompts_begin_with_is_computed_once(policy, monkeypatch):
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    policy.model.double()
+    prompts, rows = random_rows(policy, [17, 5, 2], [[9, 23, 1], [4], [12, 3]])
+    prompts = alike(prompts)
+    weight = torch.randn(sum(sum(r.action_mask) for r in rows), dtype=torch.float64)
+    dense = dense_logprobs(policy, prompts, rows)
+    want = gradient(policy, (dense * weight).sum())
+    seen = forwarded(monkeypatch)
+    got = gradient(policy, (token_logprobs(policy, prompts, rows)[0] * weight).sum())
+    assert seen == [[70], [16, 4, 1], [9, 23, 1, 4, 12, 3]]
+    assert (got - want).norm() / want.norm() < 1e-9
+    token_logprobs(policy, prompts[:1], rows[:3])
+    assert seen[3:] == [[86], [9, 23, 1]], "one prompt shares with nobody"
+
+
+def test_sampling_behind_a_shared_beginning(policy, monkeypatch):
+    prompts, seen = alike([[3, 9, 4], [8], [9, 9]]), forwarded(monkeypatch)
+    batch = RaggedBatch(policy, 4, 1)
+    batch.prefill([0, 3], prompts[:2])
+    batch.prefill([1], prompts[2:])
+    logits = batch.decode([0, 1, 3], [prompts[i][-1] for i in (0, 2, 1)])
+    assert seen == [[69], [3, 1], [71]], "a prompt's last token is not of the prefix"
+    policy.model.set_attn_implementation("eager")
+    for i, got in zip((0, 2, 1), logits):
+        want = policy.model(torch.tensor([prompts[i]])).logits[0, -1]
+        assert torch.allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 40, 90, 10_000])
