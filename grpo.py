@@ -18,7 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import Policy, TrainRow, micro_batches, token_logprobs
+from model import (
+    Policy,
+    TrainRow,
+    backward_prompts,
+    micro_batches,
+    share_prompts,
+    token_logprobs,
+)
 from rollout import Trajectory
 
 MICRO_TOKENS = 4096  # held at once in an update
@@ -137,25 +144,35 @@ def accumulate(
     """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.
 
     One weight an action token, row after row; None: only look. Returns the tokens' log-probabilities and entropies [N] on
-    the CPU. `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all
-    ranks must make equally many: a rank with less to do scores a spare token of weight 0.
+    the CPU. A prompt is computed once, and its backward waits until all of its rows have been through theirs.
+
+    `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all ranks must
+    make equally many (and prompts go along with every part of their rows): a rank with less to do scores a spare token
+    of weight 0.
     """
-    parts = list(micro_batches(prompts, rows, micro_tokens))
-    spares = int(over_ranks([len(parts)], "max")[0]) - len(parts)
-    parts += [([[0, 0]], [TrainRow(0, [0], [1])])] * spares
+    batches = list(micro_batches(prompts, rows, micro_tokens))
+    n_parts = sum(len(parts) for _, parts in batches)
+    spares = int(over_ranks([n_parts], "max")[0]) - n_parts
+    batches += [([[0, 0]], [[TrainRow(0, [0], [1])]])] * spares
     weight = torch.tensor([*(weights or []), *[0.0] * spares])
     found = [(torch.zeros(0), torch.zeros(0))]
     done = 0
-    for part_prompts, part_rows in parts:
+    for own, parts in batches:
+        cuts, shared = [], None
         with torch.set_grad_enabled(weights is not None):
-            logprobs, entropies = (score or token_logprobs)(
-                policy, part_prompts, part_rows, temperature
-            )
-        if weights is not None:
-            part = weight[done : done + len(logprobs)].to(logprobs)
-            (-(part * logprobs).sum() / denominator).backward()
-        found.append((logprobs.detach().float().cpu(), entropies.float().cpu()))
-        done += len(logprobs)
+            if not score:
+                shared = share_prompts(policy, own, cuts)
+        for part in parts:
+            with torch.set_grad_enabled(weights is not None):
+                logprobs, entropies = (score or token_logprobs)(
+                    policy, own, part, temperature, shared
+                )
+            if weights is not None:
+                share = weight[done : done + len(logprobs)].to(logprobs)
+                (-(share * logprobs).sum() / denominator).backward()
+            found.append((logprobs.detach().float().cpu(), entropies.float().cpu()))
+            done += len(logprobs)
+        backward_prompts(cuts)
     logprobs, entropies = (torch.cat(x)[: done - spares] for x in zip(*found))
     return logprobs, entropies
 

@@ -16,6 +16,7 @@ import pathlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from os.path import commonprefix
 
 import torch
@@ -38,6 +39,7 @@ SHARED_BEGINNING = (
     64  # tokens of all prompts of a batch that are worth a forward of their own
 )
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
+BLOCK = 256  # queries at a time in attention on a CPU
 
 
 class ModelError(ValueError):
@@ -116,21 +118,32 @@ class Decode:
 
 
 def causal_attention(q, k, v, bias: torch.Tensor, scaling: float) -> torch.Tensor:
-    """[H, S, D] queries, the last S of the T tokens whose keys and values [K, T, D] are given."""
-    (H, S, D), (K, T, _) = q.shape, k.shape
-    first = bias.shape[1] - bias.shape[0] - (T - S)  # column of the first key
+    """[H, S, D] queries, the last S of the T tokens whose keys and values [K, T, D] are given.
+
+    On a CPU a block of queries at a time, which no key behind its last one concerns: half of the scores never exist.
+    """
+    (H, S, _), (K, T, D) = q.shape, k.shape
+    R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
     if q.is_cuda or H * S * T > 2**25:  # torch has kernels that never hold the scores
-        k, v = widen(k[None], v[None], H // K)
-        bias = bias[:S, first : first + T]
+        k, v = widen(k[None], v[None], R)
+        mask = None if S == T else bias[:S, first : first + T]
         return F.scaled_dot_product_attention(
-            q[None], k, v, attn_mask=bias, scale=scaling
+            q[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
         )[0]
-    if q.dtype == torch.bfloat16:  # few shapes: each new one is compiled, for 0.7 ms
-        q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % SHAPE_STEP)) for x in (q, k, v))
-    bias = bias[: q.shape[1], first : first + k.shape[1]].repeat(H // K, 1)
-    q = q.reshape(K, -1, D)  # K, H/K * S, D
-    weight = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-    return (weight @ v).view(H, -1, D)[:, :S]
+    step = SHAPE_STEP if q.dtype == torch.bfloat16 else 1
+    # few shapes: oneDNN compiles each new one for bf16, for 0.7 ms
+    q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % step)) for x in (q, k, v))
+    out = []
+    for a in range(0, S, BLOCK):
+        some = q[:, a : a + BLOCK]
+        n = some.shape[1]
+        seen = T - S + a + n
+        seen = min(k.shape[1], seen + -seen % step)
+        hidden = bias[a : a + n, first : first + seen].repeat(R, 1)
+        some, keys = some.reshape(K, R * n, D), k[:, :seen].transpose(1, 2)
+        weight = torch.baddbmm(hidden, some, keys, alpha=scaling).softmax(-1)
+        out.append((weight @ v[:, :seen]).view(H, n, D))
+    return torch.cat(out, 1)[:, :S]
 
 
 def shared_prefix_attention(
@@ -387,23 +400,41 @@ def forward_packed(
 
 
 def forward_prompts(
-    policy: Policy, model, prompts: list[list[int]]
+    policy: Policy, model, prompts: list[list[int]], cuts: list | None = None
 ) -> list[list[list[LayerKV]]]:
     """For each layer and prompt its keys and values in one or two parts [K, T, D]: what all begin with is computed once.
 
     Chat models have the same system prompt, tools included, in every prompt; a short beginning is not worth a forward.
+    With a list `cuts`, gradients stop there until `backward_prompts`.
     """
     n = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     n = n if n >= SHARED_BEGINNING and len(prompts) > 1 else 0
     begin = forward_packed(policy, model, [prompts[0][:n]], [0])[1] if n else []
+    begin = cut(begin, cuts)
     before = [[[pair]] * len(prompts) for pair in begin]
     rest = [prompt[n:] for prompt in prompts]
     _, new = forward_packed(policy, model, rest, [n] * len(prompts), before)
     parts = []
-    for layer, pair in enumerate(new):
+    for layer, pair in enumerate(cut(new, cuts)):
         own = zip(*(x.split(list(map(len, rest)), 1) for x in pair))
         parts.append([[*begin[layer : layer + 1], x] for x in own])
     return parts
+
+
+def cut(pairs: list[LayerKV], cuts: list | None) -> list[LayerKV]:
+    """Leaves in the place of keys and values, if gradients are to meet there; `cuts` notes both."""
+    if cuts is None or not pairs or not torch.is_grad_enabled():
+        return pairs
+    leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in pairs]
+    cuts.append((pairs, leaves))
+    return leaves
+
+
+def backward_prompts(cuts: list) -> None:
+    """Send on what all rows have left at the leaves: one backward through the prompts, however many parts the rows had."""
+    for pairs, leaves in reversed(cuts):
+        ends = [z for xs in zip(pairs, leaves) for z in zip(*xs) if z[0].requires_grad]
+        torch.autograd.backward([x for x, _ in ends], [leaf.grad for _, leaf in ends])
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -582,23 +613,29 @@ class TrainRow:
     action_mask: list[int]
 
 
+def share_prompts(policy: Policy, prompts: list[list[int]], cuts: list | None = None):
+    """Keys and values of all but the prompts' last tokens, for token_logprobs; `cuts` as in forward_prompts."""
+    assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
+    return forward_prompts(policy, policy.model, [p[:-1] for p in prompts], cuts)
+
+
 def token_logprobs(
     policy: Policy,
     prompts: list[list[int]],
     rows: list[TrainRow],
     temperature: float = 1.0,
+    shared: list | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities [N] (with gradient) and entropies [N] of all action tokens, row after row.
 
-    Each prompt's forward runs once and its keys and values are shared, with gradient, by its rows; the vocabulary
-    projection runs at action positions only. The shift from logits to tokens happens here and nowhere else.
+    Each prompt's forward runs once (or has run: `shared` is from share_prompts) and its keys and values are shared, with
+    gradient, by its rows; the vocabulary projection runs at action positions only. The shift from logits to tokens
+    happens here and nowhere else.
     """
-    assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
-    prefixes = [p[:-1] for p in prompts]
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
-    layers = forward_prompts(policy, policy.model, prefixes)
+    layers = shared or share_prompts(policy, prompts)
     before = [[own[r.prompt] for r in rows] for own in layers]
-    starts = [len(prefixes[r.prompt]) for r in rows]
+    starts = [len(prompts[r.prompt]) - 1 for r in rows]
     hidden, _ = forward_packed(policy, policy.model, inputs, starts, before)
     mask = torch.tensor([m for r in rows for m in r.action_mask], device=policy.device)
     ids = torch.tensor([t for r in rows for t in r.ids], device=policy.device)
@@ -637,20 +674,32 @@ def project_chunk(head, hidden, targets, temperature):
 
 
 def micro_batches(prompts: list[list[int]], rows: list[TrainRow], micro_tokens: int):
-    """Split into (prompts, rows) parts of at most `micro_tokens` tokens, in order; rows of a prompt share it if adjacent."""
-    part_prompts, part_rows, tokens, last = [], [], 0, None
-    for row in rows:
-        new = len(prompts[row.prompt]) if row.prompt != last else 0
-        if part_rows and tokens + new + len(row.ids) > micro_tokens:
-            yield part_prompts, part_rows
-            part_prompts, part_rows, tokens = [], [], 0
-            new = len(prompts[row.prompt])
-        if new:
-            part_prompts.append(prompts[row.prompt])
-        part_rows.append(TrainRow(len(part_prompts) - 1, row.ids, row.action_mask))
-        tokens, last = tokens + new + len(row.ids), row.prompt
-    if part_rows:
-        yield part_prompts, part_rows
+    """Yield prompts and their rows, these in one or more parts; a prompt's rows must be adjacent.
+
+    As many whole groups as `micro_tokens` hold, or one that is larger: its rows come in parts that fit beside the prompt.
+    """
+    groups = [list(group) for _, group in groupby(rows, key=lambda r: r.prompt)]
+    lengths = [sum(len(r.ids) for r in g) + len(prompts[g[0].prompt]) for g in groups]
+    for batch in fill(groups, lengths, micro_tokens):
+        own = [prompts[group[0].prompt] for group in batch]
+        members = [
+            TrainRow(i, r.ids, r.action_mask) for i, g in enumerate(batch) for r in g
+        ]
+        left = micro_tokens - sum(map(len, own))
+        yield own, list(fill(members, [len(r.ids) for r in members], left))
+
+
+def fill(items: list, sizes: list[int], limit: int):
+    """Split items, in order, into lists of at most `limit` in all, or of a single item."""
+    part, total = [], 0
+    for item, size in zip(items, sizes):
+        if part and total + size > limit:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size
+    if part:
+        yield part
 
 
 class MuonAdamW:

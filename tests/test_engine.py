@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as model_module
 import rollout as rollout_module
-from grpo import policy_gradient
+from grpo import accumulate, policy_gradient
 from model import (
     LoRA,
     RaggedBatch,
@@ -22,7 +22,6 @@ from model import (
     add_lora,
     checkpoint_layers,
     load_policy,
-    micro_batches,
     plain_copy,
     sample_tokens,
     save_policy,
@@ -140,21 +139,57 @@ def test_sampling_behind_a_shared_beginning(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 40, 90, 10_000])
-def test_gradient_does_not_depend_on_micro_batches(policy, micro_tokens, monkeypatch):
+@pytest.mark.parametrize("begin", [0, 70])
+def test_gradient_does_not_depend_on_micro_batches(
+    policy, micro_tokens, begin, monkeypatch
+):
     monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
     policy.model.double()
     prompts, rows = random_rows(policy, [11, 7, 3], [[9, 2, 14], [5, 5], [8]])
-    weight = torch.randn(sum(sum(r.action_mask) for r in rows), dtype=torch.float64)
-    want = gradient(policy, (token_logprobs(policy, prompts, rows)[0] * weight).sum())
+    prompts = alike(prompts, begin)
+    weight = torch.randn(sum(sum(r.action_mask) for r in rows))
+    logprobs, want_entropies = token_logprobs(policy, prompts, rows, 0.7)
+    want = gradient(policy, (logprobs * -weight / 3).sum())
     policy.model.zero_grad()
-    done = 0
-    for part_prompts, part_rows in micro_batches(prompts, rows, micro_tokens):
-        logprobs, _ = token_logprobs(policy, part_prompts, part_rows)
-        (logprobs * weight[done : done + len(logprobs)]).sum().backward()
-        done += len(logprobs)
+    weights = weight.tolist()
+    how = {"temperature": 0.7, "micro_tokens": micro_tokens}
+    got_logprobs, entropies = accumulate(policy, prompts, rows, weights, 3, **how)
     got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    assert done == len(weight)
     assert (got - want).norm() / want.norm() < 1e-9
+    assert torch.allclose(got_logprobs, logprobs.detach().float(), atol=1e-6)
+    assert torch.allclose(entropies, want_entropies.float(), atol=1e-6)
+
+
+def test_a_prompt_is_computed_once_though_its_rows_come_in_parts(policy, monkeypatch):
+    prompts, rows = random_rows(policy, [40, 7], [[9, 5, 12], [6]])
+    weights = [1.0] * sum(sum(r.action_mask) for r in rows)
+    seen = forwarded(monkeypatch)
+    accumulate(policy, prompts, rows, weights, micro_tokens=55)
+    assert seen == [[39], [9, 5], [12], [6], [6]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("new", "old"), [(2, 0), (300, 0), (600, 0), (257, 100)])
+def test_attention_in_blocks_is_the_dense_one(policy, dtype, new, old):
+    H, K, D, T = 4, 2, 8, new + old
+    dtype = getattr(torch, dtype)
+    q, k, v = (
+        torch.randn(n, t, D, dtype=dtype, requires_grad=True)
+        for n, t in ((H, new), (K, T), (K, T))
+    )
+    bias = torch.full((new + 64, T + 64), -torch.inf, dtype=dtype).triu(old + 1)
+    got = model_module.causal_attention(q, k, v, bias, 0.3)
+    hidden = torch.ones(new, T).triu(old + 1).bool()
+    wide = [x.double().repeat_interleave(H // K, 0) for x in (k, v)]
+    scores = (q.double() @ wide[0].transpose(1, 2) * 0.3).masked_fill(hidden, -1e9)
+    want = scores.softmax(-1) @ wide[1]
+    weight = torch.randn(want.shape).double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (got - want).norm() / want.norm() < tolerance
+    ours = torch.autograd.grad((got * weight).sum(), (q, k, v))
+    right = torch.autograd.grad((want * weight).sum(), (q, k, v))
+    for a, b in zip(ours, right):
+        assert (a - b).norm() / b.norm() < tolerance
 
 
 def scripted(policy, ctx, monkeypatch, seed=3):
