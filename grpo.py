@@ -28,7 +28,7 @@ from model import (
 )
 from rollout import Trajectory
 
-MICRO_TOKENS = 4096  # held at once in an update
+MICRO_TOKENS = 2048  # held at once in an update
 BONUS = 0.1  # for ranking the positive first after at least one tool call
 NOT_RANKED, INVALID = -0.5, -1.0
 
