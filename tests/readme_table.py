@@ -2,6 +2,7 @@
 
     python tests/readme_table.py runs/office-0 runs/office-1 runs/office-2
     python tests/readme_table.py runs/office-[0-9] --into office     # replaces what stands between <!-- office --> and <!-- end -->
+    python tests/readme_table.py fp32.json bf16.json growth.json --into bench                  # what bench.py --json wrote
 
 Run by hand. A cell is the mean over the runs of a row's mean; its interval is the mean of the runs' intervals (the runs
 share the test samples, so it covers the choice of users), and "by run" shows the choice of seed.
@@ -72,6 +73,32 @@ def differences(results: list[dict]) -> list[str]:
     return lines
 
 
+def speed(results: list[dict]) -> list[str]:
+    """What bench.py measured: a line for each case and peer, then one for each axis of growth."""
+    lines = ["| case | | rollout s | update s | step s | x ours | peak MB | rollout, of limit | update, of limit |"]  # fmt: skip
+    lines += ["|---" * 9 + "|"]
+    for result in results:
+        for name, case in result["cases"].items():
+            ours = case["peers"]["ours"]
+            for peer, r in case["peers"].items():
+                seconds = " | ".join(f"{r[x]:.2f}" for x in ("rollout", "update", "step"))  # fmt: skip
+                shares = f"{r['rollout_of_limit']:.0%} | {r['update_of_limit']:.0%}"
+                where = f"{name}, {result['args']['dtype']}" if r is ours else ""
+                times = f"{r['step'] / ours['step']:.1f}"
+                lines += [f"| {where} | {peer} | {seconds} | {times} | {r['peak_mb']:.0f} | {shares} |"]  # fmt: skip
+    lines += ["", "| ours, float32, as it grows | rollout s | update s | least work |"]
+    lines += ["|---" * 4 + "|"]
+    for result in results:
+        for axis in (x for x in result if x.startswith("growth with ")):
+            points = result[axis]
+            first = next(iter(points.values()))["flops"]
+            cells = [f"{axis[12:]} {' / '.join(points)}"]
+            cells += [" / ".join(f"{r[x]:.2f}" for r in points.values()) for x in ("rollout", "update")]  # fmt: skip
+            cells += [" / ".join(f"{r['flops'] / first:.1f}" for r in points.values())]
+            lines += [f"| {' | '.join(cells)} |"]
+    return lines
+
+
 def put_into_readme(name: str, text: str) -> None:
     """Replace what README.md has between <!-- name --> and the next <!-- end -->."""
     start, end = f"<!-- {name} -->", "<!-- end -->"
@@ -86,11 +113,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
     parser.add_argument("--into", help="name of the mark in README.md")
     args = parser.parse_args()
-    results = [json.loads((run / "eval.json").read_text()) for run in args.runs]
-    text = "\n".join([*table(results), "", *differences(results)])
+    files = [run if run.suffix == ".json" else run / "eval.json" for run in args.runs]
+    results = [json.loads(file.read_text()) for file in files]
+    if "cases" in results[0]:
+        text = "\n".join(speed(results))
+    else:
+        text = "\n".join([*table(results), "", *differences(results)])
     if not args.into:
-        n, split = results[0]["n"], results[0]["split"]
-        return print(f"{len(results)} runs, {n} {split} samples\n\n{text}")
+        return print(text)
     put_into_readme(args.into, text)
 
 

@@ -56,9 +56,9 @@ def alone(tmp_path_factory):
     return tmp_path_factory.mktemp("alone") / "run"
 
 
-@pytest.mark.parametrize("more", [(), ("--shard",)], ids=["data-parallel", "shard"])
-def test_two_ranks_equal_one_and_resume(monkeypatch, tmp_path, alone, more):
-    """Two ranks are stopped in stage 1; data parallel goes on alone, sharded with two: all as if never parallel."""
+@pytest.mark.parametrize(("more", "then"), [((), 1), (("--shard",), 2), (("--shard",), 1)])  # fmt: skip
+def test_two_ranks_equal_one_and_resume(monkeypatch, tmp_path, alone, more, then):
+    """Two ranks are stopped in stage 1 and `then` many go on, data parallel or sharded: all as if never parallel."""
     if not alone.exists():
         run_main(monkeypatch, *FLAGS, "--out", alone)
     out = tmp_path / "run"
@@ -67,7 +67,7 @@ def test_two_ranks_equal_one_and_resume(monkeypatch, tmp_path, alone, more):
     )
     assert status and "exitcode  : 143" in said, said
     if more:
-        status, said = torchrun(2, "none", "--resume", out)
+        status, said = torchrun(then, "none", "--resume", out)
         assert status == 0, said
     else:
         run_main(monkeypatch, "--resume", out)

@@ -51,9 +51,14 @@ def read_metrics(folder):
     ]
 
 
-def test_resume_continues_exactly(small, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--lora-rank", 4, "--lr", 1e-3, "--grad-checkpoint")],
+    ids=["plain", "adapters"],
+)
+def test_resume_continues_exactly(small, monkeypatch, tmp_path, more):
     """Both stages, stopped by SIGTERM in each: weights and metrics equal the uninterrupted run's."""
-    flags = (*SHORT, "--steps", 3, "--ppr-steps", 2, "--save-every", 1)
+    flags = (*SHORT, "--steps", 3, "--ppr-steps", 2, "--save-every", 1, *more)
     run_main(monkeypatch, *flags, "--out", tmp_path / "whole")
     step = train.grpo_step
 
@@ -75,6 +80,9 @@ def test_resume_continues_exactly(small, monkeypatch, tmp_path):
         a = load_file(tmp_path / "whole" / stage / "model.safetensors")
         b = load_file(tmp_path / "parts" / stage / "model.safetensors")
         assert all(torch.equal(a[k], b[k]) for k in a)
+        start = load_file(train.HERE / "assets/tiny-agent/model.safetensors")
+        assert a.keys() == start.keys(), "adapters are merged"
+        assert any(not torch.equal(a[k], start[k]) for k in a)
 
 
 def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
