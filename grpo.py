@@ -158,21 +158,19 @@ def accumulate(
     found = [(torch.zeros(0), torch.zeros(0))]
     done = 0
     for own, parts in batches:
-        cuts, shared = [], None
+        cuts = []
         with torch.set_grad_enabled(weights is not None):
-            if not score:
-                shared = share_prompts(policy, own, cuts)
-        for part in parts:
-            with torch.set_grad_enabled(weights is not None):
+            shared = None if score else share_prompts(policy, own, cuts)
+            for part in parts:
                 logprobs, entropies = (score or token_logprobs)(
                     policy, own, part, temperature, shared
                 )
-            if weights is not None:
-                share = weight[done : done + len(logprobs)].to(logprobs)
-                (-(share * logprobs).sum() / denominator).backward()
-            found.append((logprobs.detach().float().cpu(), entropies.float().cpu()))
-            done += len(logprobs)
-        backward_prompts(cuts)
+                if weights is not None:
+                    share = weight[done : done + len(logprobs)].to(logprobs)
+                    (-(share * logprobs).sum() / denominator).backward()
+                found.append((logprobs.detach().float().cpu(), entropies.float().cpu()))
+                done += len(logprobs)
+            backward_prompts(cuts)
     logprobs, entropies = (torch.cat(x)[: done - spares] for x in zip(*found))
     return logprobs, entropies
 

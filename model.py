@@ -35,9 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 LayerKV = tuple[torch.Tensor, torch.Tensor]
 # settings of Gemma 2 and its like that change what attention or the vocabulary projection computes
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
-SHARED_BEGINNING = (
-    64  # tokens of all prompts of a batch that are worth a forward of their own
-)
+SHARED_BEGINNING = 64  # tokens that all prompts begin with are worth a forward
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
 BLOCK = 256  # queries at a time in attention on a CPU
 
@@ -130,9 +128,10 @@ def causal_attention(q, k, v, bias: torch.Tensor, scaling: float) -> torch.Tenso
         return F.scaled_dot_product_attention(
             q[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
         )[0]
-    step = SHAPE_STEP if q.dtype == torch.bfloat16 else 1
-    # few shapes: oneDNN compiles each new one for bf16, for 0.7 ms
-    q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % step)) for x in (q, k, v))
+    step = 1
+    if q.dtype == torch.bfloat16:  # few shapes: each new one is compiled, for 0.7 ms
+        step = SHAPE_STEP
+        q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % step)) for x in (q, k, v))
     out = []
     for a in range(0, S, BLOCK):
         some = q[:, a : a + BLOCK]

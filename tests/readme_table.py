@@ -116,11 +116,12 @@ def main() -> None:
     files = [run if run.suffix == ".json" else run / "eval.json" for run in args.runs]
     results = [json.loads(file.read_text()) for file in files]
     if "cases" in results[0]:
-        text = "\n".join(speed(results))
+        text, what = "\n".join(speed(results)), f"{len(results)} measurements"
     else:
         text = "\n".join([*table(results), "", *differences(results)])
+        what = f"{len(results)} runs, {results[0]['n']} {results[0]['split']} samples"
     if not args.into:
-        return print(text)
+        return print(f"{what}\n\n{text}")
     put_into_readme(args.into, text)
 
 
