@@ -4,7 +4,8 @@
     python tests/experiments.py                                      # the table of what is there, nothing is trained
     python tests/experiments.py --into experiments                   # puts it between its marks in README.md
 
-Run by hand (a run takes 3 to 10 minutes of one core). Each variant changes one thing of its `reference`: those of STAGE_1
+Run by hand (a run takes 3 to 10 minutes of one core). What each run's agent did with every test sample is kept in
+experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each variant changes one thing of its `reference`: those of STAGE_1
 train stage 1 alone, those of STAGE_2 start from the default run's stage 1. A difference is taken for each test sample with
 the same seed's reference, averaged over the seeds; its 95% interval resamples users. --dataset and --model ask the same
 of other data or another agent.
@@ -12,6 +13,7 @@ of other data or another agent.
 
 import argparse
 import concurrent.futures
+import json
 import os
 import pathlib
 import subprocess
@@ -20,11 +22,12 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+KEPT = pathlib.Path(__file__).with_suffix(".json")
 sys.path.insert(0, str(ROOT))
 from readme_table import put_into_readme
 
 from data import load_dataset, read_jsonl
-from eval import column, intervals, task_key
+from eval import intervals, metric, task_key
 from rollout import Task
 
 STAGE_1 = {
@@ -102,7 +105,7 @@ def train(args, name: str, seed: int) -> None:
     print(out, f"failed, see {out}.log" if done.returncode else "done", flush=True)
 
 
-def lines(args, name: str, seed: int) -> list[dict] | None:
+def in_folder(args, name: str, seed: int) -> list[dict] | None:
     """What eval.py kept of the trained agent on the test samples, in their order; None if there is no such run."""
     out = folder(args, name, seed)
     if not (out / "eval.json").exists():
@@ -111,24 +114,45 @@ def lines(args, name: str, seed: int) -> list[dict] | None:
     stage = "r" if name == "no tools" else stage
     for file in (out / "rows").glob(f"{stage}-*.jsonl"):  # one for each setting
         kept = {x["task"]: x for x in read_jsonl(file)}
-        if all(task in kept for task in args.tasks):
-            return [kept[task] for task in args.tasks]
+        if all(task_key(Task(s)) in kept for s in args.tested):
+            return [kept[task_key(Task(s))] for s in args.tested]
     return None
 
 
-def row(name: str, runs: list[list[dict]], against: list[list[dict]] | None) -> str:
+def lines(args, name: str, seed: int) -> dict[str, np.ndarray] | None:
+    """rank (0: not in the top k), calls and valid of each test sample; from the run folder, else as kept; None if neither.
+
+    Kept as a digit a sample: 0 to 9, and "a" for ten.
+    """
+    kept = args.kept.setdefault(f"{args.dataset}, {args.samples} samples", {})
+    found = in_folder(args, name, seed)
+    if found:
+        columns = {
+            "rank": [x["rank"] or 0 for x in found],
+            "calls": [len(x["calls"]) for x in found],
+            "valid": [int(x["valid"]) for x in found],
+        }
+        texts = {k: "".join(f"{x:x}" for x in column) for k, column in columns.items()}
+        kept.setdefault(name, {})[str(seed)] = texts
+    texts = kept.get(name, {}).get(str(seed))
+    return texts and {k: np.array([int(x, 16) for x in t]) for k, t in texts.items()}
+
+
+def scores(runs: list[dict], name: str) -> np.ndarray:
+    """[seeds, n] a metric of each run's samples."""
+    return np.array([[metric(name, x or None, 10) for x in r["rank"]] for r in runs])
+
+
+def row(args, name: str, runs: list[dict], against: list[dict] | None) -> str:
     """One line of the table; the differences are paired with the runs `against`."""
-    users = np.array([x["user"] for x in runs[0]])
-    metrics = ("ndcg@10", "hit@1")
-    values = {m: np.array([column([r], m, 10) for r in runs]) for m in metrics}
-    every = [x for r in runs for x in r]
+    values = {m: scores(runs, m) for m in ("ndcg@10", "hit@1")}
     cells = [name, " ".join(f"{x:.3f}" for x in values["ndcg@10"].mean(1))]
-    cells += [f"{values[m].mean():.3f}" for m in metrics]
-    cells += [f"{np.mean([x['valid'] for x in every]):.1%}"]
-    cells += [f"{np.mean([len(x['calls']) for x in every]):.2f}"]
+    cells += [f"{x.mean():.3f}" for x in values.values()]
+    cells += [f"{np.mean([r['valid'] for r in runs]):.1%}"]
+    cells += [f"{np.mean([r['calls'] for r in runs]):.2f}"]
     if against:
-        base = {m: [column([r], m, 10) for r in against] for m in metrics}
-        gain = {m: (values[m] - base[m]).mean(0) for m in metrics}
+        gain = {m: (x - scores(against, m)).mean(0) for m, x in values.items()}
+        users = np.array([s.user for s in args.tested])
         for x in intervals(gain, users).values():
             cells += [f"{x['mean']:+.3f} [{x['lo']:+.3f}, {x['hi']:+.3f}]"]
     else:
@@ -144,7 +168,7 @@ def table(args) -> str:
         both = name, reference(name)
         runs, base = ([lines(args, x, s) for s in args.seeds] for x in both)
         if None not in runs and None not in base:
-            out.append(row(name, runs, base if name != "default" else None))
+            out.append(row(args, name, runs, base if name != "default" else None))
     return "\n".join(out)
 
 
@@ -172,8 +196,10 @@ def main() -> None:
             list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
     test = load_dataset(args.dataset, args.data_dir).splits["test"]
     order = np.random.default_rng(0).permutation(len(test))[: args.samples]
-    args.tasks = [task_key(Task(test[i])) for i in order]  # those of eval.py
+    args.tested = [test[i] for i in order]  # those of eval.py
+    args.kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     text = table(args)
+    KEPT.write_text(json.dumps(args.kept, indent=1) + "\n")
     put_into_readme(args.into, text) if args.into else print(text)
 
 
