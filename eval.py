@@ -29,15 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.utils.hub import cached_file
 
-from data import (
-    Dataset,
-    DatasetError,
-    Sample,
-    history,
-    load_dataset,
-    read_jsonl,
-    run_main,
-)
+from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_main
 from grpo import ndcg, rank_of_positive
 from model import ModelError, Policy, check_device, load_policy
 from ppr import HardPair, pair_tasks, reward
@@ -71,6 +63,20 @@ class Agent:
 # A row's lines: for each sampling seed a list with a dict for each sample. A baseline's hold only the positive's "rank"
 # (None: not in the top k), an agent's all that `record` writes.
 Lines = list[list[dict]]
+Rows = dict[str, Lines]
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def metric(name: str, rank: int | None, k: int) -> float:
+    """One of METRICS for a positive at `rank`; anything beyond k, the length of the ranking, counts as not ranked."""
+    kind, _, at = name.partition("@")
+    if rank is None or rank > k:
+        return 0.0
+    if kind == "mrr":
+        return 1 / rank
+    return ndcg(rank, int(at)) if kind == "ndcg" else float(rank <= int(at))
 
 
 def column(lines: Lines, name: str, k: int) -> np.ndarray:
@@ -93,32 +99,16 @@ def behaviour(lines: Lines) -> dict:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
-
-
-def metric(name: str, rank: int | None, k: int) -> float:
-    """One of METRICS for a positive at `rank`; anything beyond k, the length of the ranking, counts as not ranked."""
-    kind, _, at = name.partition("@")
-    if rank is None or rank > k:
-        return 0.0
-    if kind == "mrr":
-        return 1 / rank
-    return ndcg(rank, int(at)) if kind == "ndcg" else float(rank <= int(at))
-
-
-def intervals(
-    columns: dict, users: np.ndarray, resamples: int = 10_000, seed: int = 0
-) -> dict:
+def intervals(columns: dict, users: np.ndarray, resamples=10_000, seed=0) -> dict:
     """{name: mean and 95% interval} of {name: [n] values} over resampled users, the same ones for every column."""
     _, owner = np.unique(users, return_inverse=True)
     values = np.stack(list(columns.values()), 1).astype(float)  # n, columns
-    counts = np.bincount(owner)
-    sums = np.zeros((len(counts), values.shape[1]))
-    np.add.at(sums, owner, values)
+    counts = np.bincount(owner)  # samples of each user
+    sums = np.stack([np.bincount(owner, column) for column in values.T], 1)
+    equal = np.full(len(counts), 1 / len(counts))
     rng, means = np.random.default_rng(seed), []
     for _ in range(0, resamples, 500):
-        drawn = rng.multinomial(len(counts), [1 / len(counts)] * len(counts), 500)
-        drawn = drawn.astype(float)
+        drawn = rng.multinomial(len(counts), equal, 500).astype(float)  # 500, users
         means.append((drawn @ sums) / (drawn @ counts)[:, None])  # 500, columns
     lo, hi = np.quantile(np.concatenate(means)[:resamples], [0.025, 0.975], axis=0)
     found = zip(columns, values.mean(0).tolist(), lo.tolist(), hi.tolist())
@@ -142,7 +132,7 @@ def ranks_from_scores(scores: np.ndarray, samples: list[Sample]) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- baselines
 
 
-def item_knn(ds: Dataset, samples: list[Sample]) -> np.ndarray:
+def item_knn(ds, samples: list[Sample]) -> np.ndarray:
     """[n, 20] cosine of each candidate with the items of the history, by who bought both before `train_end`."""
     bought = slice(np.searchsorted(ds.time, ds.train_end))
     buyers: list[set[int]] = [set() for _ in ds.items]
@@ -175,8 +165,9 @@ def fusion_loss(solver, weights, scores, targets) -> torch.Tensor:
 def fit_fusion(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Weights [tools] of a linear list-wise softmax over [n, tools, 20] scores, by L-BFGS on its convex loss."""
     weights = torch.zeros(scores.shape[1], dtype=torch.double, requires_grad=True)
-    how = {"max_iter": 500, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
-    solver = torch.optim.LBFGS([weights], **how)
+    solver = torch.optim.LBFGS(
+        [weights], max_iter=500, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
     known = torch.from_numpy(scores), torch.from_numpy(targets)
     solver.step(functools.partial(fusion_loss, solver, weights, *known))
     return weights.detach().numpy()
@@ -238,8 +229,7 @@ def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
     plain = [a for a in agents if a.tools and re.match("frozen|model:", a.name)]
     for strategy in (x for x in STRATEGIES if x in args.agent and x != "react"):
         for agent in plain:
-            _, *which = agent.name.split(":", 1)
-            name = ":".join([strategy.replace("-", "_"), *which])
+            name = re.sub("^(frozen|model)", strategy.replace("-", "_"), agent.name)
             agents.append(replace(agent, name=name, strategy=strategy))
     return agents
 
@@ -250,8 +240,7 @@ def identity(path: str | pathlib.Path) -> str:
     folder = pathlib.Path(path)
     if folder.is_dir():
         return " ".join(identity(p) for p in sorted(folder.iterdir()) if p.is_file())
-    if not folder.is_file():
-        # the cache has a folder for each commit
+    if not folder.is_file():  # the hub's cache has a folder for each commit
         return f"{path}@{pathlib.Path(cached_file(path, 'config.json')).parent.name}"
     with folder.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
@@ -260,10 +249,9 @@ def identity(path: str | pathlib.Path) -> str:
 def row_file(args, ctx: Context, agent: Agent, seed: int, off: tuple) -> pathlib.Path:
     """RUN/rows/NAME-HASH.jsonl; the hash covers all that shapes a trajectory, except its task."""
     settings = [identity(agent.path), agent.tools, off, seed, ctx.ds.fingerprint()]
-    settings += [identity(args.out / "sasrec.safetensors")]
-    settings += [sorted(ctx.profiles.items()), args.k, args.bonus, args.temperature]
-    settings += [args.greedy_answer, args.max_new_tokens, args.dtype, args.device]
-    settings += [ctx.title_limit]
+    seen = [identity(args.out / "sasrec.safetensors"), sorted(ctx.profiles.items())]
+    settings += [*seen, args.k, args.bonus, args.temperature, args.greedy_answer]
+    settings += [args.max_new_tokens, args.dtype, args.device, ctx.title_limit]
     settings += [agent.strategy] if agent.strategy != "react" else []
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     return args.out / "rows" / f"{re.sub(r'[^a-z0-9_]+', '-', agent.name)}-{key}.jsonl"
@@ -278,11 +266,11 @@ def task_key(task: Task) -> str:
 def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) -> None:
     """Write the line of a trajectory that ended; its seconds are since the line before, so only their mean means much."""
     t, now = group[0], time.perf_counter()
-    s, pair = t.task.sample, t.task.pair
+    s = t.task.sample
     line = {
         "task": task_key(t.task), "sample": s.id, "user": ctx.ds.users[s.user],
         "positive": s.target + 1, "title": ctx.title(s.candidates[s.target]),
-        "pair": pair, "more": t.task.more, "answer": t.answer, "end": t.end,
+        "pair": t.task.pair, "more": t.task.more, "answer": t.answer, "end": t.end,
         "valid": t.valid, "rank": rank_of_positive(t),
         "reward": reward(ctx, t, args.k, args.bonus),
         "calls": [call.name for call in t.calls], "tokens": sum(t.action_mask),
@@ -294,9 +282,7 @@ def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) ->
     clock.append(now)
 
 
-def play(
-    args, ctx: Context, agent: Agent, tasks: list[Task], seed: int, off: tuple = ()
-) -> list[dict]:
+def play(args, ctx, agent: Agent, tasks: list[Task], seed: int, off=()) -> list[dict]:
     """A line for each task: from RUN/rows/, or sampled now and kept there; tools in `off` answer that they are not available."""
     file = row_file(args, ctx, agent, seed, off)
     kept = {line["task"]: line for line in read_jsonl(file)}
@@ -371,7 +357,7 @@ def reshuffled(s: Sample) -> Sample:
     return replace(s, candidates=candidates, target=order.index(s.target))
 
 
-def probe(args, ctx: Context, agent: Agent, samples: list[Sample], rows: dict) -> dict:
+def probe(args, ctx: Context, agent: Agent, samples: list[Sample], rows: Rows) -> dict:
     """What a sceptic asks of the final agent; changes of N@10 are paired, with intervals."""
     asked, seed = samples[: args.probes], args.seeds[0]
     tasks = [Task(s) for s in asked]
@@ -385,11 +371,10 @@ def probe(args, ctx: Context, agent: Agent, samples: list[Sample], rows: dict) -
         called = [task for task, x in zip(tasks, base) if tool in x["calls"]]
         again = {x["task"]: x for x in ask(called, seed, (tool,))}
         others[tool] = [again.get(x["task"], x) for x in base]
-    gain = {n: column([x], "ndcg@10", args.k) for n, x in others.items()}
     usual = column([base], "ndcg@10", args.k)
-    users = np.array([s.user for s in asked])
-    change = intervals({name: value - usual for name, value in gain.items()}, users)
-    change = {name: {"ndcg@10": x} for name, x in change.items()}
+    gain = {n: column([x], "ndcg@10", args.k) - usual for n, x in others.items()}
+    found = intervals(gain, np.array([s.user for s in asked]))
+    change = {name: {"ndcg@10": x} for name, x in found.items()}
     copies = Counter(filter(None, map(copied_tool, base)))
     return {
         "agent": agent.name,
@@ -400,7 +385,7 @@ def probe(args, ctx: Context, agent: Agent, samples: list[Sample], rows: dict) -
     } | by_groups(args, ctx, samples, rows)
 
 
-def by_groups(args, ctx: Context, samples: list[Sample], rows: dict) -> dict:
+def by_groups(args, ctx: Context, samples: list[Sample], rows: Rows) -> dict:
     """N@10 by the items in a user's past (quarters) and by the positive's place among the candidates."""
     names = ("popularity", "sasrec", "learned_fusion", *FINAL[::-1])
     values = {n: column(rows[n], "ndcg@10", args.k) for n in names if n in rows}
@@ -420,22 +405,18 @@ def by_groups(args, ctx: Context, samples: list[Sample], rows: dict) -> dict:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def summarize(rows: dict[str, Lines], samples: list[Sample], args) -> dict:
+def summarize(rows: Rows, samples: list[Sample], args) -> dict:
     """eval.json: every row's metrics with intervals, and paired differences of each agent to each other row."""
-    users = np.array([s.user for s in samples])
     value = {(n, m): column(x, m, args.k) for n, x in rows.items() for m in METRICS}
-    agents = [name for name in FINAL if name in rows]
-    gaps = [(a, b, m) for a in agents for b in rows if b != a for m in METRICS]
-    value |= {(a, b, m): value[a, m] - value[b, m] for a, b, m in gaps}
-    found = intervals(value, users)
+    pairs = [(a, b) for a in FINAL if a in rows for b in rows if b != a]
+    value |= {(a, b, m): value[a, m] - value[b, m] for a, b in pairs for m in METRICS}
+    found = intervals(value, np.array([s.user for s in samples]))
     result = {"split": args.split, "n": len(samples), "k": args.k}
     result |= {"temperature": args.temperature, "seeds": args.seeds, "rows": {}}
     for name, lines in rows.items():
         result["rows"][name] = {m: found[name, m] for m in METRICS} | behaviour(lines)
-    result["paired"] = {}
-    for a, b, m in gaps:
-        result["paired"].setdefault(f"{a}-{b}", {})[m] = found[a, b, m]
-    return result
+    gaps = {f"{a}-{b}": {m: found[a, b, m] for m in METRICS} for a, b in pairs}
+    return result | {"paired": gaps}
 
 
 def interval(x: dict[str, float]) -> str:
@@ -494,18 +475,17 @@ def table(result: dict) -> str:
     if others:
         lines.append(f"\nN@10 of {last} minus each other row (paired):")
     for name in others:
-        difference = signed(result["paired"][f"{last}-{name}"]["ndcg@10"])
-        lines.append(f"  {name:26}{difference}")
-    return "\n".join(
-        lines + (probe_lines(result["probes"]) if "probes" in result else [])
-    )
+        gap = result["paired"][f"{last}-{name}"]["ndcg@10"]
+        lines.append(f"  {name:26}{signed(gap)}")
+    if "probes" in result:
+        lines += probe_lines(result["probes"])
+    return "\n".join(lines)
 
 
 def thin(items: list, count: int) -> list:
     """At most `count` of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= count:
-        return items
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[i] for i in places.astype(int)]
 
 
 def payload(args, config: dict, result: dict, rows: dict, pairs: dict, kept: int):
@@ -538,8 +518,8 @@ def write_report(path: pathlib.Path, make: Callable[[int], dict]) -> None:
 
 def ask_pairs(args, ctx: Context, agents: list[Agent]) -> dict[str, list[dict]]:
     """Both questions about some hard pairs, answered by the agents before and after stage 2."""
-    pairs = [HardPair(**x) for x in read_jsonl(args.out / "hard_pairs.jsonl")]
-    train, pairs = ctx.ds.splits["train"], pairs[:KEPT_PAIRS]
+    kept = read_jsonl(args.out / "hard_pairs.jsonl")[:KEPT_PAIRS]
+    pairs, train = [HardPair(**x) for x in kept], ctx.ds.splits["train"]
     samples = {pair.sample: train.of(pair.sample) for pair in pairs}
     tasks = pair_tasks(pairs, samples, np.random.default_rng(0))
     asked = [a for a in agents if a.name in ("rta", "ppr") and tasks]
@@ -554,15 +534,16 @@ def plot(shown: dict, folder: pathlib.Path) -> None:
         raise ModelError("--plot needs matplotlib: pip install matplotlib") from e
     pyplot.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    how = {"figsize": (10, 6), "layout": "constrained"}
-    figure, axes = pyplot.subplots(2, 2, **how)
+    pyplot.rc("figure", figsize=(10, 6))
+    figure, axes = pyplot.subplots(2, 2, layout="constrained")
     for axis, (key, title) in zip(axes.flat, CURVES.items()):
         axis.set(title=title, xlabel="step")
         at = 0  # where the stage starts
         for stage in dict.fromkeys(x["stage"] for x in shown["metrics"]):
             steps = [x for x in shown["metrics"] if x["stage"] == stage]
-            x, y = zip(*((at + step["step"], step[key]) for step in steps))
-            y, at = np.array(y, float), x[-1]
+            x = at + np.array([step["step"] for step in steps])
+            y = np.array([step[key] for step in steps], float)
+            at = x[-1]
             (dots,) = axis.plot(x, y, ".", alpha=0.4, label=stage)
             if len(x) > 5:  # the mean of five steps
                 mean = np.convolve(y, np.full(5, 0.2), "valid")
@@ -572,7 +553,7 @@ def plot(shown: dict, folder: pathlib.Path) -> None:
     figure.savefig(folder / "curves.png", dpi=150)
     rows = shown["eval"]["rows"]
     names = sorted(rows, key=lambda name: rows[name]["ndcg@10"]["mean"])
-    figure, axes = pyplot.subplots(1, 2, sharey=True, **how)
+    figure, axes = pyplot.subplots(1, 2, sharey=True, layout="constrained")
     for axis, key in zip(axes, ("ndcg@10", "hit@1")):
         found = [[rows[n][key][x] for x in ("lo", "mean", "hi")] for n in names]
         lo, mean, hi = np.array(found).T
@@ -586,10 +567,9 @@ def plot(shown: dict, folder: pathlib.Path) -> None:
 def show(name: str, lines: list[dict]) -> None:
     """Print trajectories: prompt, what the agent wrote and read, and what the user really bought."""
     for t in lines:
-        print(
-            f"\n=== {name}, user {t['user']}, bought {t['positive']} ({t['title']}): "
-            f"rank {t['rank']}, reward {t['reward']:.3f}\n{t['prompt']}"
-        )
+        bought = f"user {t['user']}, bought {t['positive']} ({t['title']})"
+        print(f"\n=== {name}, {bought}: rank {t['rank']}, reward {t['reward']:.3f}")
+        print(t["prompt"])
         print(re.sub("(</observation>|</tool_call>)", r"\1\n", t["text"]))
 
 
@@ -597,9 +577,8 @@ def show(name: str, lines: list[dict]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("out", type=pathlib.Path, metavar="RUN", help="run folder made by train.py")
     add("--split", choices=["valid", "test"], default="test", help="what to rank")
@@ -616,11 +595,10 @@ def parse_args() -> argparse.Namespace:
     add("--show", type=int, metavar="N", help="print N trajectories and stop")
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
-    counts = [args.samples or 0, args.show or 0, args.probes or 0, *args.seeds]
-    if min(counts) < 0 or args.temperature < 0:
-        parser.error(
-            "--samples, --show, --probes, --seeds and --temperature cannot be negative"
-        )
+    numbers = [args.samples, args.show, args.probes, *args.seeds, args.temperature]
+    if min(number or 0 for number in numbers) < 0:
+        flags = "--samples, --show, --probes, --seeds and --temperature"
+        parser.error(f"{flags} cannot be negative")
     if len(args.seeds) > 1 and not args.temperature:
         parser.error(
             "--seeds need a --temperature above 0: greedy agents have no chance"
@@ -635,10 +613,9 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
             raise ModelError(f"{args.out}: no {name}; give a folder that train.py made")
     config = json.loads((args.out / "config.json").read_text())
     own = config["args"]
-    names = "device greedy_answer k bonus dtype max_new_tokens title_chars"
-    for name in names.split():
-        if getattr(args, name, None) is None:
-            setattr(args, name, own[name])
+    for name in ("greedy_answer", "k", "bonus", "dtype", "max_new_tokens"):
+        setattr(args, name, own[name])
+    args.device = args.device or own["device"]
     if args.samples is None:
         args.samples = own["test_samples"]
     check_device(args.device)
@@ -648,12 +625,10 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
         raise DatasetError(f"{args.out}: its dataset has changed since; restore it")
     sasrec = load_sasrec(args.out / "sasrec.safetensors", len(ds.items))
     profiles = read_profiles(args.out / PROFILES)
-    return config, Context(ds, sasrec, profiles, args.title_chars)
+    return config, Context(ds, sasrec, profiles, own["title_chars"])
 
 
-def evaluate(
-    args, ctx: Context, agents: list[Agent], samples: list
-) -> dict[str, Lines]:
+def evaluate(args, ctx: Context, agents: list[Agent], samples: list) -> Rows:
     """The rows asked for; ModelError for one that there is not."""
     names, rows = [a.name for a in agents], {}
     if not args.rows or set(args.rows) - set(names):
