@@ -462,14 +462,12 @@ def table(result: dict) -> str:
         f"{result['split']} split, {result['n']} samples, {seeds}, 95% intervals over users",
         " " * 26 + "".join(f"{n:>16}" for n in names) + f"{'valid':>8}{'calls':>7}",
     ]
-    costs = []
     for name, row in rows.items():
         cells = "".join(f"  {interval(row[m]):>14}" for m in shown)
-        if row["valid"] is not None:
+        if "calls" in row:  # an agent
             cells += f"{row['valid']:8.1%}{row['tool_calls']:7.2f}"
-            costs.append(cost(name, row))
         lines.append(f"{name:26}{cells}")
-    lines += ["", *costs]
+    lines += ["", *(cost(n, row) for n, row in rows.items() if "calls" in row)]
     last = next((name for name in FINAL if name in rows), None)
     others = [name for name in rows if last and name != last]
     if others:
