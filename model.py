@@ -15,24 +15,22 @@ import copy
 import pathlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-LayerKV = tuple[torch.Tensor, torch.Tensor]
+LayerKV = tuple[Tensor, Tensor]
 # settings of Gemma 2 and its like that change what attention or the vocabulary projection computes
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
 SHARED_BEGINNING = 64  # tokens that all prompts begin with are worth a forward
@@ -55,11 +53,11 @@ class Packed:
     new: gathers the keys and values [K, N, D] of the row, layer by layer.
     """  # no dataclass: fully_shard copies dataclasses, and their lists, at every layer
 
-    def __init__(self, lengths: list[int], bias: torch.Tensor, before=None):
+    def __init__(self, lengths: list[int], bias: Tensor, before=None):
         self.lengths, self.bias, self.before = lengths, bias, before
         self.new: dict[int, LayerKV] = {}
 
-    def attend(self, query, key, value, layer: int, scaling: float) -> torch.Tensor:
+    def attend(self, query, key, value, layer: int, scaling: float) -> Tensor:
         """Attention of [1, H, N, D] packed sequences, one at a time, so that its scores stay in the cache.
 
         `split` (not slicing) keeps the backward linear.
@@ -69,8 +67,8 @@ class Packed:
         out = []
         for i, (q, k, v) in enumerate(parts):
             if self.before:
-                k = torch.cat([*(pair[0] for pair in self.before[layer][i]), k], 1)
-                v = torch.cat([*(pair[1] for pair in self.before[layer][i]), v], 1)
+                ks, vs = zip(*self.before[layer][i], (k, v))
+                k, v = torch.cat(ks, 1), torch.cat(vs, 1)
             out.append(causal_attention(q, k, v, self.bias, scaling))
         return torch.cat(out, 1)[None]
 
@@ -81,11 +79,11 @@ class Decode:
 
     prompts: list[LayerKV]  # a layer: [P, K, T, D] keys and values
     own: list[LayerKV]  # a layer: [P, K, G, S, D]; the tokens' are written into it
-    at: tuple[torch.Tensor, slice, torch.Tensor, torch.Tensor]
-    prompt_bias: torch.Tensor  # [P*K, 1, T], -inf where a prompt has no token
-    own_bias: torch.Tensor  # [P*K*G, 1, S]
+    at: tuple[Tensor, slice, Tensor, Tensor]
+    prompt_bias: Tensor  # [P*K, 1, T], -inf where a prompt has no token
+    own_bias: Tensor  # [P*K*G, 1, S]
 
-    def attend(self, query, key, value, layer: int, scaling: float) -> torch.Tensor:
+    def attend(self, query, key, value, layer: int, scaling: float) -> Tensor:
         """One token a row, [n, H, 1, D]: scores against the group's prompt and the row's suffix, one softmax over both.
 
         Works on all rows of the batch, since gathering the suffixes of n rows would cost more than their scores.
@@ -96,18 +94,10 @@ class Decode:
         own_k[self.at], own_v[self.at] = key[:, :, 0], value[:, :, 0]
         every = query.new_zeros(P, K, G, R, D)
         every[self.at[:3]] = query.view(n, K, R, D)
-        to_prompt = torch.baddbmm(
-            self.prompt_bias,
-            every.view(P * K, G * R, D),
-            prompt_k.view(P * K, T, D).transpose(1, 2),
-            alpha=scaling,
-        )
-        to_own = torch.baddbmm(
-            self.own_bias,
-            every.view(-1, R, D),
-            own_k.view(-1, S, D).transpose(1, 2),
-            alpha=scaling,
-        )
+        q, k = every.view(P * K, G * R, D), prompt_k.view(P * K, T, D)
+        to_prompt = torch.baddbmm(self.prompt_bias, q, k.mT, alpha=scaling)
+        q, k = every.view(P * K * G, R, D), own_k.view(P * K * G, S, D)
+        to_own = torch.baddbmm(self.own_bias, q, k.mT, alpha=scaling)
         scores = torch.cat([to_prompt.view(-1, R, T), to_own], -1)
         on_prompt, on_own = scores.softmax(-1).to(query.dtype).split([T, S], -1)
         out = on_prompt.reshape(P * K, G * R, T) @ prompt_v.view(P * K, T, D)
@@ -115,7 +105,7 @@ class Decode:
         return out.view(P, K, G, R, D)[self.at[:3]].reshape(n, H, 1, D)
 
 
-def causal_attention(q, k, v, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+def causal_attention(q, k, v, bias: Tensor, scaling: float) -> Tensor:
     """[H, S, D] queries, the last S of the T tokens whose keys and values [K, T, D] are given.
 
     On a CPU a block of queries at a time, which no key behind its last one concerns: half of the scores never exist.
@@ -139,7 +129,7 @@ def causal_attention(q, k, v, bias: torch.Tensor, scaling: float) -> torch.Tenso
         seen = T - S + a + n
         seen = min(k.shape[1], seen + -seen % step)
         hidden = bias[a : a + n, first : first + seen].repeat(R, 1)
-        some, keys = some.reshape(K, R * n, D), k[:, :seen].transpose(1, 2)
+        some, keys = some.reshape(K, R * n, D), k[:, :seen].mT
         weight = torch.baddbmm(hidden, some, keys, alpha=scaling).softmax(-1)
         out.append((weight @ v[:, :seen]).view(H, n, D))
     return torch.cat(out, 1)[:, :S]
@@ -160,12 +150,12 @@ def shared_prefix_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def widen(key: torch.Tensor, value: torch.Tensor, repeat: int) -> LayerKV:
+def widen(key: Tensor, value: Tensor, repeat: int) -> LayerKV:
     """Repeat each kv head for the query heads that share it."""
     return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
 
 
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
+transformers.AttentionInterface.register("shared_prefix", shared_prefix_attention)
 
 
 # -------------------------------------------------------------------------------------------------------------- policy
@@ -175,7 +165,7 @@ AttentionInterface.register("shared_prefix", shared_prefix_attention)
 class Policy:
     """A model with its tokenizer; `pieces` caches each token's text for finding stop tags."""
 
-    model: torch.nn.Module
+    model: nn.Module
     tokenizer: object
     device: torch.device
     dtype: torch.dtype = torch.float32  # of the computation; the weights stay fp32
@@ -186,7 +176,7 @@ class Policy:
         windows = [getattr(m, "sliding_window", None) for m in self.model.modules()]
         self.window = min(filter(None, windows), default=None)
         added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, added))) if added else None
+        self.added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # or never
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         eos = eos if isinstance(eos, list) else [eos]
         ends = {self.tokenizer.eos_token_id, self.end_of_turn(), *eos}
@@ -198,7 +188,7 @@ class Policy:
         chat = [{"role": "user", "content": "question"}, said]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False)
         _, found, rest = text.rpartition("answer")
-        end = self.added.match(rest.strip()) if found and self.added else None
+        end = self.added.match(rest.strip()) if found else None
         return self.tokenizer.convert_tokens_to_ids(end[0]) if end else None
 
     def piece(self, token: int) -> str:
@@ -210,11 +200,7 @@ class Policy:
 
     def defuse(self, text: str) -> str:
         """Text from data with any string that the tokenizer would turn into a special token broken up."""
-        return (
-            self.added.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
-            if self.added
-            else text
-        )
+        return self.added.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text that continues a sequence (no BOS)."""
@@ -226,16 +212,15 @@ class Policy:
 
     def autocast(self):
         """bf16 compute over fp32 weights: at a learning rate of 1e-6 bf16 weights would swallow the update."""
-        return torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype != torch.float32
-        )
+        lower = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=lower)
 
     def describe(self) -> str:
         """Architecture and size in a few words."""
         n = sum(p.numel() for p in self.model.parameters())
         return f"{self.model.config.model_type} {n / 1e6:.1f}M parameters"
 
-    def sampler(self) -> torch.nn.Module:
+    def sampler(self) -> nn.Module:
         """The model to sample from: autocast would cast fp32 matrices again at every token."""
         return plain_copy(self.model, self.dtype)
 
@@ -257,41 +242,39 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
             f"{path}: no *.safetensors; convert the weights (pickles are not loaded)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as e:
-        advice = "" if folder.is_dir() else "; no such folder, and no hub id in reach"
-        why = f"{str(e).splitlines()[0]}{advice}"
+        why = str(e).splitlines()[0]
+        why += "" if folder.is_dir() else "; no such folder, and no hub id in reach"
         raise ModelError(f"{path}: cannot be loaded: {why}") from e
+    if fault := what_is_wrong(model, tokenizer):
+        raise ModelError(f"{path}: {fault}")
+    place = torch.device(device)
+    return Policy(model.to(place).eval(), tokenizer, place, getattr(torch, dtype))
+
+
+def what_is_wrong(model: nn.Module, tokenizer) -> str | None:
+    """Why this model cannot be used, if so."""
+    kind, embeddings = model.config.model_type, model.get_input_embeddings()
     if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{path}: the tokenizer has no chat template; use an instruct model or set one"
-        )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ModelError(
-            f"{path}: {len(tokenizer)} tokens but {model.get_input_embeddings().num_embeddings} embeddings"
-        )
-    told = {f for f in UNSUPPORTED if getattr(model.config, f, None)}
+        return "the tokenizer has no chat template; use an instruct model or set one"
+    if len(tokenizer) > embeddings.num_embeddings:
+        return f"{len(tokenizer)} tokens but {embeddings.num_embeddings} embeddings"
+    told = sorted(f for f in UNSUPPORTED if getattr(model.config, f, None))
     if told or not (hasattr(model, "model") and hasattr(model, "lm_head")):
-        why = " and ".join(sorted(told)) or "the architecture"
-        raise ModelError(f"{path}: {why} of {model.config.model_type} is not supported")
+        return f"{' and '.join(told) or 'the architecture'} of {kind} is not supported"
     if not all(torch.isfinite(p).all() for p in model.parameters()):
-        raise ModelError(
-            f"{path}: some weights are not finite; the checkpoint is damaged"
-        )
+        return "some weights are not finite; the checkpoint is damaged"
     if not plain_head(model):
-        raise ModelError(
-            f"{path}: {model.config.model_type} does more to its logits than lm_head; that is not supported"
-        )
-    return Policy(
-        model.to(device).eval(), tokenizer, torch.device(device), getattr(torch, dtype)
-    )
+        return f"{kind} does more to its logits than lm_head; that is not supported"
+    return None
 
 
 @torch.no_grad()
-def plain_head(model: torch.nn.Module) -> bool:
+def plain_head(model: nn.Module) -> bool:
     """Whether the logits are what lm_head makes of the last hidden state: no scaling (Granite, Cohere), no softcapping."""
     ids = torch.tensor([[0, 1, 2]], device=model.device)
     ours = model.lm_head(model.model(ids).last_hidden_state)
@@ -318,21 +301,21 @@ def save_policy(policy: Policy, folder: pathlib.Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-class LoRA(torch.nn.Module):
+class LoRA(nn.Module):
     """A frozen linear layer with a trained low-rank addition, y = W x + scale B A x (https://arxiv.org/abs/2106.09685)."""
 
-    def __init__(self, linear: torch.nn.Linear, rank: int, scale: float = 2.0):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float = 2.0):
         super().__init__()
         self.linear, self.scale = linear, scale
         weight = linear.weight
-        self.a = torch.nn.Parameter(weight.new_empty(rank, linear.in_features))
-        self.b = torch.nn.Parameter(weight.new_zeros(linear.out_features, rank))
-        torch.nn.init.kaiming_uniform_(self.a, 5**0.5)
+        self.a = nn.Parameter(weight.new_empty(rank, linear.in_features))
+        self.b = nn.Parameter(weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, 5**0.5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
 
-    def merged(self) -> torch.Tensor:
+    def merged(self) -> Tensor:
         """The weight of one layer that does the same."""
         return (self.linear.weight + self.scale * self.b @ self.a).detach()
 
@@ -340,23 +323,22 @@ class LoRA(torch.nn.Module):
 def add_lora(policy: Policy, rank: int) -> None:
     """Freeze the model and put adapters on every linear layer of its decoder (not on the vocabulary projection)."""
     policy.model.requires_grad_(False)
-    for parent in list(policy.model.model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, torch.nn.Linear):
-                setattr(parent, name, LoRA(child, rank))
+    decoder = policy.model.model
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.Linear):
+            decoder.set_submodule(name, LoRA(module, rank))
 
 
-def plain_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def plain_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model without adapters and with matrices in `dtype`; whatever that does not change is shared, not copied."""
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRA):
-                child.linear.weight = torch.nn.Parameter(child.merged())
-                setattr(parent, name, child.linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRA):
+            module.linear.weight = nn.Parameter(module.merged())
+            model.set_submodule(name, module.linear)
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight.dtype != dtype:
-            module.weight = torch.nn.Parameter(module.weight.detach().to(dtype))
+        if isinstance(module, nn.Linear) and module.weight.dtype != dtype:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype))
     return model
 
 
@@ -372,29 +354,21 @@ def checkpoint_layers(policy: Policy) -> None:
 
 def forward_packed(
     policy: Policy, model, sequences: list[list[int]], starts: list[int], before=None
-) -> tuple[torch.Tensor, list[LayerKV]]:
+) -> tuple[Tensor, list[LayerKV]]:
     """Forward of sequences without padding, sequence i at positions `starts[i]`, ...; see Packed for `before`.
 
     Returns the last hidden states [N, C] and, for each layer, keys and values [K, N, D].
     """
     lengths, device = list(map(len, sequences)), policy.device
-    exact = policy.dtype == torch.float32
-    most = max(lengths) + SHAPE_STEP
-    column = torch.arange(most + max(starts), device=device)
-    hidden = column > column[:most, None] + max(starts)
-    bias = torch.zeros(
-        hidden.shape, dtype=model.dtype if exact else policy.dtype, device=device
-    ).masked_fill_(hidden, -torch.inf)
-    past = Packed(lengths, bias, before)
+    dtype = model.dtype if policy.dtype == torch.float32 else policy.dtype
+    S, behind = max(lengths) + SHAPE_STEP, max(starts)
+    bias = torch.full((S, behind + S), -torch.inf, dtype=dtype, device=device)
+    past = Packed(lengths, bias.triu_(behind + 1), before)
     ids = torch.tensor([[t for s in sequences for t in s]], device=device)
     places = [p for first, n in zip(starts, lengths) for p in range(first, first + n)]
+    places = torch.tensor([places], device=device)
     with policy.autocast():
-        out = model.model(
-            ids,
-            position_ids=torch.tensor([places], device=device),
-            use_cache=False,
-            past=past,
-        )
+        out = model.model(ids, position_ids=places, use_cache=False, past=past)
     return out.last_hidden_state[0], list(past.new.values())
 
 
@@ -421,18 +395,18 @@ def forward_prompts(
 
 
 def cut(pairs: list[LayerKV], cuts: list | None) -> list[LayerKV]:
-    """Leaves in the place of keys and values, if gradients are to meet there; `cuts` notes both."""
+    """Leaves in the place of keys and values, if gradients are to meet there; `cuts` gets (tensor, leaf) of each."""
     if cuts is None or not pairs or not torch.is_grad_enabled():
         return pairs
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in pairs]
-    cuts.append((pairs, leaves))
+    ends = [z for pair, own in zip(pairs, leaves) for z in zip(pair, own)]
+    cuts.append([(x, leaf) for x, leaf in ends if x.requires_grad])
     return leaves
 
 
 def backward_prompts(cuts: list) -> None:
     """Send on what all rows have left at the leaves: one backward through the prompts, however many parts the rows had."""
-    for pairs, leaves in reversed(cuts):
-        ends = [z for xs in zip(pairs, leaves) for z in zip(*xs) if z[0].requires_grad]
+    for ends in reversed(cuts):
         torch.autograd.backward([x for x, _ in ends], [leaf.grad for _, leaf in ends])
 
 
@@ -464,9 +438,9 @@ class RaggedBatch:
             self.own = [self._buffers(own[0][0], self.group) for own in layers]
         reserve(self.prompts, max(map(len, prefixes)))
         for buffers, own in zip(self.prompts, layers):
-            for slot, parts in zip(slots, own):
+            for slot, prefix, parts in zip(slots, prefixes, own):
                 for buffer, x in zip(buffers, zip(*parts)):
-                    buffer[slot, :, : sum(p.shape[1] for p in x)] = torch.cat(x, 1)
+                    buffer[slot, :, : len(prefix)] = torch.cat(x, 1)
         for slot, prefix in zip(slots, prefixes):
             self.prompt_length[slot] = len(prefix)
             self.length[slot * self.group : (slot + 1) * self.group] = [0] * self.group
@@ -478,24 +452,20 @@ class RaggedBatch:
     @torch.inference_mode()
     def extend(self, rows: list[int], tokens: list[list[int]]) -> None:
         """Append known tokens (an observation) to some rows, each at its own position."""
-        lengths = [self.length[r] + len(t) for r, t in zip(rows, tokens)]
-        reserve(self.own, max(lengths))
-        starts = [self.prompt_length[r // self.group] + self.length[r] for r in rows]
-        before = [
-            [self._seen(layer, r) for r in rows] for layer in range(len(self.own))
-        ]
+        G, layers = self.group, range(len(self.own))
+        ends = [self.length[r] + len(t) for r, t in zip(rows, tokens)]
+        reserve(self.own, max(ends))
+        starts = [self.prompt_length[r // G] + self.length[r] for r in rows]
+        before = [[self._seen(layer, r) for r in rows] for layer in layers]
         _, new = forward_packed(self.policy, self.model, tokens, starts, before)
-        place = [
-            (r // self.group, r % self.group, self.length[r] + i)
-            for r, t in zip(rows, tokens)
-            for i in range(len(t))
-        ]
+        spans = [(r, range(self.length[r], end)) for r, end in zip(rows, ends)]
+        place = [(*divmod(r, G), i) for r, span in spans for i in span]
         slot, member, position = torch.tensor(place, device=self.policy.device).T
         for buffers, pair in zip(self.own, new):
             for buffer, x in zip(buffers, pair):
                 buffer[slot, :, member, position] = x.transpose(0, 1)
-        for r, n in zip(rows, lengths):
-            self.length[r] = n
+        for r, end in zip(rows, ends):
+            self.length[r] = end
 
     def _seen(self, layer: int, row: int) -> list[LayerKV]:
         """Views of the keys and values [K, T, D] of a row's prompt and of its suffix so far."""
@@ -507,33 +477,24 @@ class RaggedBatch:
         ]
 
     @torch.inference_mode()
-    def decode(self, rows: list[int], tokens: list[int]) -> torch.Tensor:
+    def decode(self, rows: list[int], tokens: list[int]) -> Tensor:
         """Feed one token to each of n rows and return [n, V] fp32 logits."""
         P, G, device = self.slots, self.group, self.policy.device
         reserve(self.own, max(self.length) + 1)
         K, T, S = *self.prompts[0][0].shape[1:3], self.own[0][0].shape[3]
-        table = [
-            (r // G, r % G, self.length[r], self.prompt_length[r // G], token)
-            for r, token in zip(rows, tokens)
-        ]
-        slot, member, position, start, ids = torch.tensor(table, device=device).T
+        table = [(*divmod(r, G), self.length[r]) for r in rows]
+        slot, member, position = torch.tensor(table, device=device).T
         length = torch.tensor(self.length, device=device).view(P, 1, G) + 1
         prompt_length = torch.tensor(self.prompt_length, device=device).view(P, 1)
         dtype = self.own[0][0].dtype
-        past = Decode(
-            self.prompts,
-            self.own,
-            (slot, slice(None), member, position),
-            length_bias(prompt_length.expand(P, K), T, dtype),
-            length_bias(length.expand(P, K, G), S, dtype),
-        )
+        prompt_bias = length_bias(prompt_length.expand(P, K), T, dtype)
+        own_bias = length_bias(length.expand(P, K, G), S, dtype)
+        at = (slot, slice(None), member, position)
+        past = Decode(self.prompts, self.own, at, prompt_bias, own_bias)
+        ids = torch.tensor(tokens, device=device)[:, None]
+        places = prompt_length[slot] + position[:, None]
         with self.policy.autocast():
-            out = self.model.model(
-                ids[:, None],
-                position_ids=(start + position)[:, None],
-                use_cache=False,
-                past=past,
-            )
+            out = self.model.model(ids, position_ids=places, use_cache=False, past=past)
             logits = self.model.lm_head(out.last_hidden_state[:, 0])
         for r in rows:
             self.length[r] += 1
@@ -548,20 +509,15 @@ def reserve(buffers: list[LayerKV], T: int) -> None:
             buffers[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
 
 
-def length_bias(length: torch.Tensor, T: int, dtype: torch.dtype) -> torch.Tensor:
+def length_bias(length: Tensor, T: int, dtype: torch.dtype) -> Tensor:
     """[n, 1, T] for `length` of n entries: 0 for the first `length` positions of each, -inf after them."""
     absent = torch.arange(T, device=length.device) >= length.reshape(-1, 1, 1)
-    return torch.zeros(absent.shape, dtype=dtype, device=length.device).masked_fill_(
-        absent, -torch.inf
-    )
+    return torch.zeros_like(absent, dtype=dtype).masked_fill_(absent, -torch.inf)
 
 
 def sample_tokens(
-    logits: torch.Tensor,
-    temperature: float,
-    uniform: torch.Tensor,
-    greedy: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: float, uniform: Tensor, greedy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """[B, V] logits to [B] tokens and [B] log-probabilities at `temperature`; 0 is greedy (log-probabilities at 1).
 
     Rows in the [B] mask `greedy` take the likeliest token. Inverse-CDF sampling from one uniform number a row, so that a row's tokens do not depend on its neighbours.
@@ -571,11 +527,8 @@ def sample_tokens(
         tokens = logits.argmax(-1)
     else:
         cdf = logprobs.exp().cumsum(-1)
-        tokens = (
-            torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:])
-            .squeeze(1)
-            .clamp(max=logits.shape[1] - 1)
-        )
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:]).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)
         if greedy is not None:
             tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
@@ -624,7 +577,7 @@ def token_logprobs(
     rows: list[TrainRow],
     temperature: float = 1.0,
     shared: list | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] (with gradient) and entropies [N] of all action tokens, row after row.
 
     Each prompt's forward runs once (or has run: `shared` is from share_prompts) and its keys and values are shared, with
@@ -643,24 +596,15 @@ def token_logprobs(
         return project(policy.model.lm_head, hidden[chosen], ids[chosen], temperature)
 
 
-def project(
-    head: torch.nn.Linear,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float,
-):
+def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float):
     """Log-probability and entropy of `targets` [N] from [N, C] states, in chunks so that few logits exist at once."""
     size = max(64, 2**25 // head.out_features)
-    parts = []
-    for a in range(0, len(targets), size):
-        arguments = (head, hidden[a : a + size], targets[a : a + size], temperature)
-        chunked = len(targets) > size and torch.is_grad_enabled()
-        parts.append(
-            checkpoint(project_chunk, *arguments, use_reentrant=False)
-            if chunked
-            else project_chunk(*arguments)
-        )
-    return tuple(torch.cat(p) for p in zip(*parts))
+    run = project_chunk
+    if len(targets) > size and torch.is_grad_enabled():
+        run = partial(checkpoint, project_chunk, use_reentrant=False)
+    chunks = zip(hidden.split(size), targets.split(size))
+    parts = [run(head, *chunk, temperature) for chunk in chunks]
+    return tuple(torch.cat(x) for x in zip(*parts))
 
 
 def project_chunk(head, hidden, targets, temperature):
@@ -681,9 +625,7 @@ def micro_batches(prompts: list[list[int]], rows: list[TrainRow], micro_tokens: 
     lengths = [sum(len(r.ids) for r in g) + len(prompts[g[0].prompt]) for g in groups]
     for batch in fill(groups, lengths, micro_tokens):
         own = [prompts[group[0].prompt] for group in batch]
-        members = [
-            TrainRow(i, r.ids, r.action_mask) for i, g in enumerate(batch) for r in g
-        ]
+        members = [replace(r, prompt=i) for i, g in enumerate(batch) for r in g]
         left = micro_tokens - sum(map(len, own))
         yield own, list(fill(members, [len(r.ids) for r in members], left))
 
@@ -704,15 +646,14 @@ def fill(items: list, sizes: list[int], limit: int):
 class MuonAdamW:
     """Muon for the weight matrices and AdamW for the rest behind one interface; used by the warm-up only."""
 
-    def __init__(self, model: torch.nn.Module, lr: float):
+    def __init__(self, model: nn.Module, lr: float):
         matrices, rest = [], []
         for name, p in model.named_parameters():
             vectors = p.ndim != 2 or "embed" in name or "lm_head" in name
             (rest if vectors else matrices).append(p)
-        how = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
         self.parts = [
-            torch.optim.Muon(matrices, lr, **how),
-            torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0),
+            Muon(matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
 
     @property
@@ -744,69 +685,63 @@ TINY_PIECES = (  # what the byte-level BPE may not merge across: a call, a score
 )
 
 
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+
+
 def tiny_shape(width: int = 256, layers: int = 4) -> dict[str, int]:
     """Sizes of a Qwen3 of this hidden size, a multiple of 64."""
-    return {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 32,
-        "num_key_value_heads": width // 64,
-        "head_dim": 32,
-    }
+    sizes = (width, 2 * width, layers, width // 32, width // 64, 32)
+    return dict(zip(SIZES.split(), sizes, strict=True))
 
 
-def build_tiny_agent(
-    texts: list[str], size: dict | None = None, vocabulary: int = 1024, seed: int = 0
-) -> Policy:
-    """A randomly initialised small Qwen3 with a byte-level BPE trained on `texts`; any text encodes.
+def tiny_tokenizer(texts: list[str], vocabulary: int):
+    """A byte-level BPE trained on `texts`; tags are single tokens and so are the candidate numbers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    Tags are single tokens and so are the candidate numbers; the chat template leaves the long system prompt out.
-    """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from tokenizers import decoders as token_decoders
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
-
+    pieces = pre_tokenizers.Split(Regex(TINY_PIECES), "isolated")
+    in_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(TINY_PIECES), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    tokenizer.decoder = token_decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|agent|>"] + [
-        f"<{s}{t}>" for t in TAGS for s in ("", "/")
-    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=special,
+        special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|agent|>", *tags],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tags = re.compile(f"</?(?:{'|'.join(TAGS)})>")
-    tokenizer.train_from_iterator(
-        (part for text in texts for part in tags.split(text)), trainer
-    )
-    wrapped = PreTrainedTokenizerFast(
+    parts = (part for text in texts for part in re.split("|".join(tags), text))
+    tokenizer.train_from_iterator(parts, trainer)
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",
         pad_token="<|pad|>",
         chat_template=TINY_TEMPLATE,
     )
-    shape = tiny_shape() | (size or {})
+
+
+def build_tiny_agent(
+    texts: list[str], size: dict | None = None, vocabulary: int = 1024, seed: int = 0
+) -> Policy:
+    """A randomly initialised small Qwen3 with a tokenizer trained on `texts`; any text encodes.
+
+    `size` goes over `tiny_shape()`; the chat template leaves the long system prompt out.
+    """
+    tokenizer = tiny_tokenizer(texts, vocabulary)
     config = Qwen3Config(
-        vocab_size=len(wrapped),
+        vocab_size=len(tokenizer),
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        eos_token_id=wrapped.eos_token_id,
-        pad_token_id=wrapped.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        **shape,
+        **(tiny_shape() | (size or {})),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    return Policy(model.eval(), wrapped, torch.device("cpu"))
+        model = transformers.Qwen3ForCausalLM(config)
+    return Policy(model.eval(), tokenizer, torch.device("cpu"))
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -824,17 +759,9 @@ SAVED = (26, 14, 14, 8)
 
 def qwen3_config(name: str) -> PretrainedConfig:
     """The configuration of a known model, without a download."""
-    width, inner, layers, heads, tied = QWEN3[name]
-    return Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=tied,
-    )
+    *sizes, tied = QWEN3[name]
+    shape = dict(zip(SIZES.split(), (*sizes, 8, 128), strict=True))
+    return Qwen3Config(vocab_size=151_936, tie_word_embeddings=tied, **shape)
 
 
 def memory_need(
@@ -857,7 +784,7 @@ def memory_need(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     size = sum(p.numel() for p in model.parameters())
-    linear = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
     trained = lora_rank * sum(m.in_features + m.out_features for m in linear) or size
     layers, width = config.num_hidden_layers, config.hidden_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
