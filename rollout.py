@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 import torch
@@ -52,6 +52,11 @@ class Task:
     def key(self) -> tuple[int, ...]:
         """Integers that tell this task from all others, to seed its sampling with."""
         return (self.sample.id, *(self.pair or (0, 0)), int(self.more))
+
+    @property
+    def asked(self) -> str:
+        """What the question about a pair is called in prompts and thoughts."""
+        return "MORE" if self.more else "LESS"
 
 
 @dataclass
@@ -120,22 +125,29 @@ def system_prompt(tools: tuple[str, ...], k: int, strategy: str = "react") -> st
 
 def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
     """History with ratings, latest first, the numbered candidates, and the question."""
-    rows = history(ctx.ds, task.sample)
-    lines = ["History:"]
-    lines += [
-        f"{ctx.title(ctx.ds.item[r])} ({ctx.ds.rating[r]:.0f})" for r in rows[::-1]
-    ]
-    lines += ["Candidates:"]
+    lines = ["History:", *rated(ctx, history(ctx.ds, task.sample)[::-1]), "Candidates:"]
     lines += [f"{n}. {ctx.title(c)}" for n, c in enumerate(task.sample.candidates, 1)]
     if not tools:
         lines.append("No tools.")
     if task.pair:
         a, b = task.pair
-        lines.append(f"Which is {'MORE' if task.more else 'LESS'} likely?")
-        lines += [f"A={a}", f"B={b}"]
+        lines += [f"Which is {task.asked} likely?", f"A={a}", f"B={b}"]
     else:
         lines.append("Rank.")
     return "\n".join(lines)
+
+
+def rated(ctx: Context, rows: np.ndarray) -> list[str]:
+    """Titles and ratings of these interactions."""
+    ds = ctx.ds
+    return [f"{ctx.title(ds.item[r])} ({ds.rating[r]:.0f})" for r in rows]
+
+
+def chat_ids(policy: Policy, turns: dict[str, str], **more) -> list[int]:
+    """Ids of what each role says, through the model's own chat template, and of what opens the answer."""
+    chat = [{"role": role, "content": text} for role, text in turns.items()]
+    more |= {"tokenize": False, "add_generation_prompt": True}
+    return policy.encode(policy.tokenizer.apply_chat_template(chat, **more))
 
 
 def build_prompt(
@@ -144,22 +156,12 @@ def build_prompt(
     """Prompt ids through the model's own chat template; a template without a system role gets it in the user turn."""
     system = system_prompt(tools, k, strategy)
     user = policy.defuse(user_prompt(ctx, task, tools))
-    apply = policy.tokenizer.apply_chat_template
-    messages = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": user},
-    ]
     try:
-        text = apply(messages, tokenize=False, add_generation_prompt=True)
+        return chat_ids(policy, {"system": system, "user": user})
     except Exception as e:  # jinja2.TemplateError: this template has no system role
         if "role" not in str(e).lower():
             raise
-        text = apply(
-            [{"role": "user", "content": f"{system}\n\n{user}"}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    return policy.encode(text)
+        return chat_ids(policy, {"user": f"{system}\n\n{user}"})
 
 
 REQUEST = (
@@ -170,45 +172,33 @@ REQUEST = (
 
 def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
     """Ids of the request with the user's last 50 interactions before the sample."""
-    rows, ds = history(ctx.ds, sample, 50), ctx.ds
-    lines = [f"{ctx.title(ds.item[r])} ({ds.rating[r]:.0f})" for r in rows]
-    content = policy.defuse("\n".join([REQUEST, *lines]))
-    apply = policy.tokenizer.apply_chat_template
-    message = [{"role": "user", "content": content}]
-    how = {"add_generation_prompt": True, "enable_thinking": False}
-    return policy.encode(apply(message, tokenize=False, **how))
+    lines = [REQUEST, *rated(ctx, history(ctx.ds, sample, 50))]
+    content = policy.defuse("\n".join(lines))
+    return chat_ids(policy, {"user": content}, enable_thinking=False)
 
 
 # ------------------------------------------------------------------------------------------------- reading what it wrote
 
 
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
 def without_thoughts(text: str) -> str | None:
     """The text outside <think>...</think>; None if a thought is never closed (linear time)."""
-    parts, at = [], 0
-    while (start := text.find("<think>", at)) >= 0:
-        end = text.find("</think>", start)
-        if end < 0:
-            return None
-        parts.append(text[at:start])
-        at = end + len("</think>")
-    return "".join(parts) + text[at:]
+    return _THOUGHT.sub("", text) if all(_THOUGHT.findall(text)) else None
 
 
-def between(text: str, tag: str) -> str | None:
-    """The inside of the only <tag>...</tag> in `text`; None if there is none or more than one opening."""
-    _, opened, rest = text.partition(f"<{tag}>")
+def between(turn: str, tag: str) -> str | None:
+    """The inside of the only <tag>...</tag> outside a turn's thoughts; None if there is none or more than one opening."""
+    _, opened, rest = (without_thoughts(turn) or "").partition(f"<{tag}>")
     inside, closed, _ = rest.partition(f"</{tag}>")
     return inside if opened and closed and f"<{tag}>" not in rest else None
 
 
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-
-
 def parse_answer(turn: str, task: Task, k: int) -> list[int] | str | None:
     """The ranking (k different candidate numbers) or the letter in a turn's only boxed answer; None if invalid."""
-    outside = without_thoughts(turn)
-    inside = between(outside, "answer") if outside is not None else None
-    boxed = _BOXED.findall(inside) if inside is not None else []
+    boxed = _BOXED.findall(between(turn, "answer") or "")
     if len(boxed) != 1:
         return None
     content = boxed[0].strip()
@@ -217,29 +207,28 @@ def parse_answer(turn: str, task: Task, k: int) -> list[int] | str | None:
     if not re.fullmatch(r"\[\s*\d{1,3}(\s*,\s*\d{1,3}){0,99}\s*\]", content, re.ASCII):
         return None
     numbers = [int(n) for n in content[1:-1].split(",")]
-    n_candidates = len(task.sample.candidates)
-    ok = len(numbers) == k == len(set(numbers)) and all(
-        1 <= n <= n_candidates for n in numbers
-    )
-    return numbers if ok else None
+    named = set(numbers) & set(range(1, len(task.sample.candidates) + 1))
+    return numbers if len(numbers) == len(named) == k else None
 
 
 def call_text(turn: str) -> str:
     """The inside of a turn's only tool call outside its thoughts; ToolError if there is none."""
-    outside = without_thoughts(turn)
-    inside = between(outside, "tool_call") if outside is not None else None
+    inside = between(turn, "tool_call")
     if inside is None:
-        raise ToolError(
-            "write <think>...</think> and then one <tool_call>{...}</tool_call>"
-        )
+        form = "<think>...</think> and then one <tool_call>{...}</tool_call>"
+        raise ToolError(f"write {form}")
     return inside
 
 
 def run(ctx: Context, t: Trajectory, call: Call) -> Observation:
-    """Run a call and note it."""
+    """Run a call and note it; a tool that fails says why."""
     t.calls.append(call)
     began = time.perf_counter()
-    found = run_call(ctx, t.task.sample, call)
+    try:
+        found = run_call(ctx, t.task.sample, call)
+    except ToolError as e:
+        t.malformed |= e.malformed
+        found = Observation(f"error: {e}")
     t.tool_seconds += time.perf_counter() - began
     return found
 
@@ -247,10 +236,11 @@ def run(ctx: Context, t: Trajectory, call: Call) -> Observation:
 def act(ctx: Context, trajectory: Trajectory, turn: str, tools: tuple[str, ...]) -> str:
     """Run the call in a turn that ended with </tool_call> and return what is observed."""
     try:
-        return run(ctx, trajectory, parse_call(call_text(turn), tools)).render()
+        call = parse_call(call_text(turn), tools)
     except ToolError as e:
         trajectory.malformed |= e.malformed
         return f"error: {e}"
+    return run(ctx, trajectory, call).render()
 
 
 # ---------------------------------------------------------------------------------------------------------- strategies
@@ -294,7 +284,7 @@ def plan_first(ctx, row, stop, turn, tools, k) -> str | None:
     try, at most MAX_REFLECTIONS times; anything else lets the ranking stand."""
     t = row.trajectory
     if row.stage == "critic":
-        reply = between(without_thoughts(turn) or "", "answer") or ""
+        reply = between(turn, "answer") or ""
         if not reply.strip().casefold().startswith("no"):
             t.end = "answer"
             return None
@@ -324,10 +314,7 @@ def follow_plan(ctx, row, turn, tools, k) -> str:
     buffer = np.array(t.task.pair or range(1, len(t.task.sample.candidates) + 1))
     lines = []
     for call in plan[: max(0, MAX_CALLS - len(t.calls))]:
-        try:
-            found = run(ctx, t, call)
-        except ToolError as e:
-            found = Observation(f"error: {e}")
+        found = run(ctx, t, call)
         if found.scores is not None:
             order = np.argsort(-digits(found.scores)[buffer - 1], kind="stable")
             if call.name not in RANKERS:
@@ -387,15 +374,16 @@ class Rollout:
     policy: Policy
     ctx: Context
     tasks: list[Task]
+    _: KW_ONLY
     group_size: int
-    k: int
-    temperature: float
-    greedy_answer: bool
-    max_new_tokens: int
-    seed: tuple[int, ...]
-    tools: tuple[str, ...]
-    slots: int
-    progress: Callable[[list[Trajectory]], None] | None
+    k: int = 10
+    temperature: float = 1.0
+    greedy_answer: bool = False
+    max_new_tokens: int = 512
+    seed: tuple[int, ...] = (0,)
+    tools: tuple[str, ...] = ALL_TOOLS
+    slots: int = 16
+    progress: Callable[[list[Trajectory]], None] | None = None
     strategy: str = "react"
 
     def __post_init__(self):
@@ -411,51 +399,47 @@ class Rollout:
         """Refill slots, feed observations once a quarter of the rows wait for one, else decode a token; until done."""
         while True:
             self.refill()
-            alive = [
-                i for i, row in enumerate(self.rows) if row and not row.trajectory.end
-            ]
+            alive = [i for i, r in enumerate(self.rows) if r and not r.trajectory.end]
             if not alive:
                 return self.done
             observing = [i for i in alive if len(self.rows[i].pending) > 1]
             if 4 * len(observing) >= len(alive):
-                self.batch.extend(
-                    observing, [self.rows[i].pending[:-1] for i in observing]
-                )
-                for i in observing:
-                    self.rows[i].pending = self.rows[i].pending[-1:]
+                rows = [self.rows[i] for i in observing]
+                self.batch.extend(observing, [row.pending[:-1] for row in rows])
+                for row in rows:
+                    row.pending = row.pending[-1:]
             else:
                 self.decode([i for i in alive if len(self.rows[i].pending) == 1])
 
     def refill(self) -> None:
         """Move finished groups to `done` and put waiting tasks into their slots."""
-        G, free, prompts = self.group_size, [], []
+        G, free = self.group_size, []
         for slot, task in enumerate(self.slot_task):
-            group = self.rows[slot * G : (slot + 1) * G]
+            here = slice(slot * G, (slot + 1) * G)
+            group = self.rows[here]
             if any(row and not row.trajectory.end for row in group):
                 continue
             if task is not None:
                 self.done[task] = [row.trajectory for row in group]
-                self.slot_task[slot] = None
-                self.rows[slot * G : (slot + 1) * G] = [None] * G
+                self.slot_task[slot], self.rows[here] = None, [None] * G
                 if self.progress:
                     self.progress(self.done[task])
             if self.waiting:
-                free.append(slot)
                 self.slot_task[slot] = self.waiting.pop()
-        for slot in free:
-            task = self.tasks[self.slot_task[slot]]
-            how = (self.tools, self.k, self.strategy)
-            prompt = build_prompt(self.policy, self.ctx, task, *how)
-            check_context(self.policy, len(prompt), self.max_new_tokens)
-            prompts.append(prompt)
-            for g in range(G):
-                rng = np.random.default_rng([*self.seed, *task.key, g])
-                uniform = rng.random(self.max_new_tokens)
-                self.rows[slot * G + g] = Row(
-                    Trajectory(task, prompt), prompt[-1:], uniform
-                )
+                self.rows[here] = self.begin(self.tasks[self.slot_task[slot]])
+                free.append(slot)
         if free:
+            prompts = [self.rows[slot * G].trajectory.prompt for slot in free]
             self.batch.prefill(free, prompts)
+
+    def begin(self, task: Task) -> list[Row]:
+        """A group's rows with the prompt before them; ModelError if it does not fit."""
+        policy, new = self.policy, self.max_new_tokens
+        prompt = build_prompt(policy, self.ctx, task, self.tools, self.k, self.strategy)
+        check_context(policy, len(prompt), new)
+        seeds = [[*self.seed, *task.key, g] for g in range(self.group_size)]
+        drawn = [np.random.default_rng(seed).random(new) for seed in seeds]
+        return [Row(Trajectory(task, prompt), prompt[-1:], x) for x in drawn]
 
     def decode(self, ready: list[int]) -> None:
         """Sample one token for each row in `ready`."""
@@ -498,8 +482,7 @@ class Rollout:
             t.end = "budget"
             return
         turn = self.policy.decode(t.ids[row.turn_start :])
-        respond = STRATEGIES[self.strategy]
-        text = respond(self.ctx, row, stop, turn, self.tools, self.k)
+        text = STRATEGIES[self.strategy](self.ctx, row, stop, turn, self.tools, self.k)
         if text is None:
             return
         observation = observe(self.policy, text)
@@ -512,22 +495,9 @@ class Rollout:
 
 
 def rollout(
-    policy: Policy,
-    ctx: Context,
-    tasks: list[Task],
-    *,
-    group_size: int,
-    k: int = 10,
-    temperature: float = 1.0,
-    greedy_answer: bool = False,
-    max_new_tokens: int = 512,
-    seed: tuple[int, ...] = (0,),
-    tools: tuple[str, ...] = ALL_TOOLS,
-    slots: int = 16,
-    progress: Callable[[list[Trajectory]], None] | None = None,
-    strategy: str = "react",
+    policy: Policy, ctx: Context, tasks: list[Task], **settings
 ) -> list[list[Trajectory]]:
-    """Sample `group_size` trajectories for each task; the result has a list for each task, in order.
+    """Sample `group_size` trajectories for each task; `settings` are the fields of Rollout. A list for each task, in order.
 
     Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at
     once (`progress` is told of it). Each row draws from a generator seeded with (*seed, *task.key, index in the
@@ -535,9 +505,7 @@ def rollout(
     follows <answer> always is. `max_new_tokens` bounds a whole trajectory, observations included. `strategy` is one of
     STRATEGIES. ModelError if a prompt does not fit the model's context.
     """
-    sampling = (group_size, k, temperature, greedy_answer, max_new_tokens, seed)
-    live = Rollout(policy, ctx, tasks, *sampling, tools, slots, progress, strategy)
-    return live.run()
+    return Rollout(policy, ctx, tasks, **settings).run()
 
 
 def check_context(policy: Policy, prompt: int, new: int) -> None:
@@ -553,9 +521,8 @@ def check_context(policy: Policy, prompt: int, new: int) -> None:
 
 def observe(policy: Policy, text: str) -> list[int]:
     """Ids of an observation; its text can neither close the tag nor form a special token."""
-    return policy.encode(
-        f"<observation>{policy.defuse(clip_observation(text))}</observation>"
-    )
+    inside = policy.defuse(clip_observation(text))
+    return policy.encode(f"<observation>{inside}</observation>")
 
 
 def append_observation(t: Trajectory, ids: list[int]) -> None:
@@ -605,35 +572,22 @@ def demonstrate(
     names = rng.permutation(allowed)[: n_calls if tools else 0]
     if rng.random() < 0.1:  # some tools are asked twice
         names = rng.choice(allowed, len(names))
-    past = ctx.ds.item[history(ctx.ds, task.sample)]
     n_candidates = len(task.sample.candidates)
     total, first = np.zeros(n_candidates, int), np.arange(n_candidates)
     weight = 0
     for name in map(str, names):
         trust = str(rng.choice(list(TRUST)))
-        leader = first[np.argmax(total[first])]
-        items = {
-            "item_info_search": task.sample.candidates[leader],
-            "get_similar_items": past[-1],
-        }
-        argument = TOOLS[name].argument
-        title = ctx.title(int(items.get(name, past[-1]))) if argument else ""
-        if rng.random() < 0.04:  # a slip, so that errors are nothing new
-            title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
-        call = Call(name, {argument: title} if argument else {})
+        leader = task.sample.candidates[first[np.argmax(total[first])]]
+        call = scripted_call(ctx, task.sample, name, leader, rng)
         thought = TOPIC.get(name, name)
         thought += f": {trust}" if name != "item_info_search" else ""
         # titles as the prompt has them
         spoken = json.dumps(vars(call), ensure_ascii=False)
         write(policy, t, f"<think>{thought}</think><tool_call>{spoken}</tool_call>")
-        try:
-            observation = run_call(ctx, task.sample, call)
-        except ToolError as e:
-            observation = Observation(f"error: {e}")
-        append_observation(t, observe(policy, observation.render()))
-        t.calls.append(call)
-        if observation.scores is not None:
-            shown = digits(observation.scores)
+        found = run(ctx, t, call)
+        append_observation(t, observe(policy, found.render()))
+        if found.scores is not None:
+            shown = digits(found.scores)
             if not total.any():
                 first = np.argsort(-shown, kind="stable")
             total += TRUST[trust] * shown
@@ -641,6 +595,17 @@ def demonstrate(
     ranking = (first[np.argsort(-total[first], kind="stable")] + 1).tolist()
     conclude(policy, t, ranking, np.rint(total / max(1, weight)).astype(int), k)
     return t
+
+
+def scripted_call(ctx: Context, sample: Sample, name: str, leader: int, rng) -> Call:
+    """A call about the leader for details and the last purchase otherwise; now and then a slip, so that errors are nothing new."""
+    past = ctx.ds.item[history(ctx.ds, sample)]
+    item = leader if name == "item_info_search" else past[-1]
+    argument = TOOLS[name].argument
+    title = ctx.title(int(item))
+    if rng.random() < 0.04:  # its first word, then another title's
+        title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
+    return Call(name, {argument: title} if argument else {})
 
 
 def conclude(
@@ -653,12 +618,10 @@ def conclude(
     """
     task, thought = t.task, ""
     if task.pair:
-        scores = [f"{n}:{means[n - 1]}" for n in task.pair]
-        ahead = "AB" if min(task.pair, key=ranking.index) == task.pair[0] else "BA"
-        t.answer = ahead[0 if task.more else 1]
-        asked = "MORE" if task.more else "LESS"
-        thought = f"{' '.join(scores)} {ahead[0]}>{ahead[1]}; {asked}={t.answer}"
-        thought, boxed = f"<think>{thought}</think>", t.answer
+        x, y = "AB" if min(task.pair, key=ranking.index) == task.pair[0] else "BA"
+        t.answer = boxed = x if task.more else y
+        scores = " ".join(f"{n}:{means[n - 1]}" for n in task.pair)
+        thought = f"<think>{scores} {x}>{y}; {task.asked}={t.answer}</think>"
     else:
         t.answer = ranking[:k]
         boxed = f"[{','.join(map(str, t.answer))}]"
