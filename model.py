@@ -113,11 +113,8 @@ def causal_attention(q, k, v, bias: Tensor, scaling: float) -> Tensor:
     (H, S, _), (K, T, D) = q.shape, k.shape
     R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
     if q.is_cuda or H * S * T > 2**25:  # torch has kernels that never hold the scores
-        k, v = widen(k[None], v[None], R)
         mask = None if S == T else bias[:S, first : first + T]
-        return F.scaled_dot_product_attention(
-            q[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )[0]
+        return whole_attention(q[None], k[None], v[None], scaling, mask)[0]
     step = 1
     if q.dtype == torch.bfloat16:  # few shapes: each new one is compiled, for 0.7 ms
         step = SHAPE_STEP
@@ -135,24 +132,25 @@ def causal_attention(q, k, v, bias: Tensor, scaling: float) -> Tensor:
     return torch.cat(out, 1)[:, :S]
 
 
+def whole_attention(query, key, value, scaling: float, mask: Tensor | None = None):
+    """torch's attention of [b, H, S, D] queries, causal without a mask; a kv head serves the query heads that share it."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling
+    )
+
+
 def shared_prefix_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, past=None, **_
 ):
     """Attention of [b, H, T, D] queries as `past` says; without `past` plain causal attention. Returns [b, T, H, D]."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary left them in fp32
     if past is None:
-        key, value = widen(key, value, query.shape[1] // key.shape[1])
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling
-        )
+        out = whole_attention(query, key, value, scaling)
     else:
         out = past.attend(query, key, value, module.layer_idx, scaling)
     return out.transpose(1, 2).contiguous(), None
-
-
-def widen(key: Tensor, value: Tensor, repeat: int) -> LayerKV:
-    """Repeat each kv head for the query heads that share it."""
-    return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
 
 
 transformers.AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -372,14 +370,16 @@ def forward_packed(
     return out.last_hidden_state[0], list(past.new.values())
 
 
-def forward_prompts(
-    policy: Policy, model, prompts: list[list[int]], cuts: list | None = None
+def share_prompts(
+    policy: Policy, prompts: list[list[int]], cuts: list | None = None, model=None
 ) -> list[list[list[LayerKV]]]:
-    """For each layer and prompt its keys and values in one or two parts [K, T, D]: what all begin with is computed once.
+    """For each layer and prompt the keys and values of all but its last token, in one or two parts [K, T, D].
 
-    Chat models have the same system prompt, tools included, in every prompt; a short beginning is not worth a forward.
-    With a list `cuts`, gradients stop there until `backward_prompts`.
+    What all begin with is computed once: chat models have the same system prompt, tools included, in every prompt; a
+    short beginning is not worth a forward. With a list `cuts`, gradients stop there until `backward_prompts`.
     """
+    assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
+    prompts, model = [p[:-1] for p in prompts], model or policy.model
     n = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     n = n if n >= SHARED_BEGINNING and len(prompts) > 1 else 0
     begin = forward_packed(policy, model, [prompts[0][:n]], [0])[1] if n else []
@@ -431,18 +431,18 @@ class RaggedBatch:
     @torch.inference_mode()
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
         """Compute the prompts' keys and values (all but their last token) and empty the slots' rows."""
-        prefixes = [p[:-1] for p in prompts]
-        layers = forward_prompts(self.policy, self.model, prefixes)
+        layers = share_prompts(self.policy, prompts, model=self.model)
+        lengths = [len(p) - 1 for p in prompts]
         if not self.prompts:
             self.prompts = [self._buffers(own[0][0]) for own in layers]
             self.own = [self._buffers(own[0][0], self.group) for own in layers]
-        reserve(self.prompts, max(map(len, prefixes)))
+        reserve(self.prompts, max(lengths))
         for buffers, own in zip(self.prompts, layers):
-            for slot, prefix, parts in zip(slots, prefixes, own):
+            for slot, n, parts in zip(slots, lengths, own):
                 for buffer, x in zip(buffers, zip(*parts)):
-                    buffer[slot, :, : len(prefix)] = torch.cat(x, 1)
-        for slot, prefix in zip(slots, prefixes):
-            self.prompt_length[slot] = len(prefix)
+                    buffer[slot, :, :n] = torch.cat(x, 1)
+        for slot, n in zip(slots, lengths):
+            self.prompt_length[slot] = n
             self.length[slot * self.group : (slot + 1) * self.group] = [0] * self.group
 
     def _buffers(self, pair: LayerKV, *group: int) -> LayerKV:
@@ -563,12 +563,6 @@ class TrainRow:
     prompt: int
     ids: list[int]
     action_mask: list[int]
-
-
-def share_prompts(policy: Policy, prompts: list[list[int]], cuts: list | None = None):
-    """Keys and values of all but the prompts' last tokens, for token_logprobs; `cuts` as in forward_prompts."""
-    assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
-    return forward_prompts(policy, policy.model, [p[:-1] for p in prompts], cuts)
 
 
 def token_logprobs(

@@ -180,18 +180,16 @@ def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
 # ------------------------------------------------------------------------------------------------- reading what it wrote
 
 
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)  # "": never closed
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
-def without_thoughts(text: str) -> str | None:
-    """The text outside <think>...</think>; None if a thought is never closed (linear time)."""
-    return _THOUGHT.sub("", text) if all(_THOUGHT.findall(text)) else None
-
-
 def between(turn: str, tag: str) -> str | None:
-    """The inside of the only <tag>...</tag> outside a turn's thoughts; None if there is none or more than one opening."""
-    _, opened, rest = (without_thoughts(turn) or "").partition(f"<{tag}>")
+    """The inside of the only <tag>...</tag> outside a turn's thoughts (linear time); None if there is none, more than one
+    opening, or a thought that is never closed."""
+    if not all(_THOUGHT.findall(turn)):
+        return None
+    _, opened, rest = _THOUGHT.sub("", turn).partition(f"<{tag}>")
     inside, closed, _ = rest.partition(f"</{tag}>")
     return inside if opened and closed and f"<{tag}>" not in rest else None
 
@@ -391,8 +389,7 @@ class Rollout:
         self.batch = RaggedBatch(self.policy, self.slots, self.group_size)
         self.rows: list[Row | None] = [None] * (self.slots * self.group_size)
         self.done: list[list[Trajectory]] = [[] for _ in self.tasks]
-        # tasks without a slot, the next one last
-        self.waiting = list(reversed(range(len(self.tasks))))
+        self.waiting = iter(range(len(self.tasks)))  # tasks without a slot
         self.slot_task: list[int | None] = [None] * self.slots
 
     def run(self) -> list[list[Trajectory]]:
@@ -415,18 +412,16 @@ class Rollout:
         """Move finished groups to `done` and put waiting tasks into their slots."""
         G, free = self.group_size, []
         for slot, task in enumerate(self.slot_task):
-            here = slice(slot * G, (slot + 1) * G)
-            group = self.rows[here]
+            group = self.rows[slot * G : (slot + 1) * G]
             if any(row and not row.trajectory.end for row in group):
                 continue
             if task is not None:
                 self.done[task] = [row.trajectory for row in group]
-                self.slot_task[slot], self.rows[here] = None, [None] * G
                 if self.progress:
                     self.progress(self.done[task])
-            if self.waiting:
-                self.slot_task[slot] = self.waiting.pop()
-                self.rows[here] = self.begin(self.tasks[self.slot_task[slot]])
+            self.slot_task[slot] = task = next(self.waiting, None)
+            if task is not None:
+                self.rows[slot * G : (slot + 1) * G] = self.begin(self.tasks[task])
                 free.append(slot)
         if free:
             prompts = [self.rows[slot * G].trajectory.prompt for slot in free]
