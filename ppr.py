@@ -17,14 +17,7 @@ import numpy as np
 import torch
 
 from data import Sample
-from grpo import (
-    INVALID,
-    MICRO_TOKENS,
-    accumulate,
-    list_reward,
-    my_share,
-    over_ranks,
-)
+from grpo import INVALID, MICRO_TOKENS, accumulate, list_reward, my_share, over_ranks
 from model import Policy, TrainRow
 from rollout import Task, Trajectory
 from tools import Context
@@ -60,13 +53,13 @@ def mine(
     pairs = []
     for t in trajectories:
         sample = t.task.sample
-        positive, everyone = sample.target + 1, range(1, len(sample.candidates) + 1)
+        positive = sample.target + 1
         pool = violation_pool(t.answer, positive) if t.valid else []
         if not pool:
             continue
         rank = len(pool) + 1 if positive in t.answer else None
         if random_negatives:
-            pool = [n for n in everyone if n != positive]
+            pool = [n for n in range(1, len(sample.candidates) + 1) if n != positive]
         rng = np.random.default_rng([*seed, sample.id])
         negative = int(pool[rng.integers(len(pool))])
         pairs.append(HardPair(sample.id, positive, negative, rank))
@@ -80,15 +73,14 @@ def pair_tasks(
     directions: tuple[bool, ...] = (True, False),
 ) -> list[Task]:
     """Eq. 4: for each pair the MORE and the LESS question, next to each other; A/B order balanced in each direction."""
-    asked = {}
-    for more in directions:
-        # is the positive shown as A?
-        first = rng.permutation(np.arange(len(pairs)) % 2 == 0)
-        for i, pair in enumerate(pairs):
+    tasks, half = [], np.arange(len(pairs)) % 2 == 0
+    shown_as_a = [rng.permutation(half) for _ in directions]  # the positives
+    for i, pair in enumerate(pairs):
+        for more, positive_is_a in zip(directions, shown_as_a):
             order = (pair.positive, pair.negative)
-            order = order if first[i] else order[::-1]
-            asked[i, more] = Task(samples[pair.sample], order, more)
-    return [asked[i, more] for i in range(len(pairs)) for more in directions]
+            order = order if positive_is_a[i] else order[::-1]
+            tasks.append(Task(samples[pair.sample], order, more))
+    return tasks
 
 
 def target_letter(task: Task) -> str:
@@ -99,9 +91,7 @@ def target_letter(task: Task) -> str:
 
 def pair_reward(t: Trajectory) -> float:
     """1 for the right letter, 0 for the wrong one, -1 for an invalid answer (format and budget as in Eq. 1)."""
-    if not t.valid:
-        return INVALID
-    return float(t.answer == target_letter(t.task))
+    return float(t.answer == target_letter(t.task)) if t.valid else INVALID
 
 
 def reward(ctx: Context, t: Trajectory, k: int, bonus: float) -> float:
@@ -139,7 +129,8 @@ def bound_gradient(
     -log P_pos = log(1 + e^-delta) and a LESS question -log P_neg. Two passes: the first finds every delta, the second
     accumulates d log(1 + e^-delta) = -sigmoid(-delta) d delta.
     """
-    n_pairs = len({(g[0].task.sample.id, frozenset(g[0].task.pair)) for g in groups})
+    pairs = {(g[0].task.sample.id, frozenset(g[0].task.pair)) for g in groups}
+    denominator = len(pairs) * len(groups[0])
     rows = []
     for p in my_share([sum(len(t.ids) for t in g) for g in groups]):
         rows += [row for t in groups[p] for row in letter_rows(policy, t, p)]
@@ -149,7 +140,7 @@ def bound_gradient(
     delta = logprobs[0::2] - logprobs[1::2]
     push = torch.sigmoid(-delta)
     weights = torch.stack([push, -push], 1).flatten().tolist()
-    accumulate(policy, prompts, rows, weights, n_pairs * len(groups[0]), **how)
+    accumulate(policy, prompts, rows, weights, denominator, **how)
     sums = [len(delta), (delta > 0).sum(), bidirectional_loss(delta).sum() / 2]
     n, right, loss = over_ranks([float(x) for x in sums])
-    return {"pair_accuracy": right / n, "bound": loss / (n_pairs * len(groups[0]))}
+    return {"pair_accuracy": right / n, "bound": loss / denominator}
