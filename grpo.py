@@ -79,8 +79,7 @@ class Objective:
     baseline: str = "mean"  # or "loo"
     divide_by_std: bool = False
     token_mean: bool = False  # mean instead of sum over a trajectory's tokens
-    # dynamic sampling: drop groups whose rewards are all negative
-    drop_negative: bool = True
+    drop_negative: bool = True  # dynamic sampling: groups of negative rewards only
 
 
 def policy_gradient(
@@ -101,10 +100,8 @@ def policy_gradient(
     flat = np.ptp(rewards, axis=1) < 1e-9
     dropped = (rewards < 0).all(1) & objective.drop_negative
     denominator = max(1, int((~dropped).sum())) * rewards.shape[1]
-    metrics = {
-        "zero_variance_groups": int(flat.sum()),
-        "dropped_groups": int(dropped.sum()),
-    }
+    metrics = {"zero_variance_groups": int(flat.sum())}
+    metrics["dropped_groups"] = int(dropped.sum())
     telling = np.flatnonzero(~(flat | dropped))
     if not len(telling):
         return metrics | {"kl_sampler_trainer": None, "entropy": None, "loss": 0.0}
@@ -120,8 +117,8 @@ def policy_gradient(
             old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
-    data = prompts, rows, weights, denominator
-    logprobs, entropies = accumulate(policy, *data, **how)  # Eq. 6
+    # Eq. 6: minus the gradient estimate, as the optimizer descends
+    logprobs, entropies = accumulate(policy, prompts, rows, weights, denominator, **how)
     gap = logprobs - torch.tensor(old)
     loss = -(torch.tensor(weights) * logprobs).sum() / denominator
     sums = [len(gap), (gap.exp() - 1 - gap).sum(), entropies.sum(), loss]
@@ -155,16 +152,14 @@ def accumulate(
     spares = int(over_ranks([n_parts], "max")[0]) - n_parts
     batches += [([[0, 0]], [[TrainRow(0, [0], [1])]])] * spares
     weight = torch.tensor([*(weights or []), *[0.0] * spares])
+    forward, done = score or token_logprobs, 0
     found = [(torch.zeros(0), torch.zeros(0))]
-    done = 0
     for own, parts in batches:
         cuts = []
         with torch.set_grad_enabled(weights is not None):
             shared = None if score else share_prompts(policy, own, cuts)
             for part in parts:
-                logprobs, entropies = (score or token_logprobs)(
-                    policy, own, part, temperature, shared
-                )
+                logprobs, entropies = forward(policy, own, part, temperature, shared)
                 if weights is not None:
                     share = weight[done : done + len(logprobs)].to(logprobs)
                     (-(share * logprobs).sum() / denominator).backward()
@@ -181,22 +176,20 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
     `tool_rate_of_rewarded`: share of trajectories with positive reward that called a tool (Fig. 3a).
     """
     everyone = [t for group in groups for t in group]
-    rewards = np.array([t.reward for t in everyone])
-    rewarded = [len(t.calls) > 0 for t in everyone if t.reward > 0]
     ranks = [rank_of_positive(t) for t in everyone if t.task.pair is None]
-    of_ranks = {
+    rewarded = [len(t.calls) > 0 for t in everyone if t.reward > 0]
+    rewards = np.array([t.reward for t in everyone])
+    metrics = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
+    shown = {
         "ndcg@10": [ndcg(r, 10) for r in ranks],
         "hit@1": [r == 1 for r in ranks],
         "hit@10": [r is not None and r <= 10 for r in ranks],
-    }
-    of_all = {
         "valid": [t.valid for t in everyone],
         "tool_calls": [len(t.calls) for t in everyone],
         "tool_rate_of_rewarded": rewarded or [0],
         "cut": [t.end == "length" for t in everyone],
     }
-    metrics = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std())}
-    for name, values in (of_ranks | of_all).items():
+    for name, values in shown.items():
         metrics[name] = float(np.mean(values)) if values else None
     return metrics | {"tokens": sum(len(t.ids) for t in everyone)}
 
