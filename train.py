@@ -108,81 +108,6 @@ STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 PAIR_ENDING = 17  # tokens with which the demonstration of a pair ends
 ENDING_WEIGHT = 4.0  # of an answer's tokens in the warm-up: others are easy or chance
-PRESETS = ("tiny", "paper")
-MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
-DTYPES = ("auto", "float32", "bfloat16")
-FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and paper), help
-    "what to run",
-    ("dataset", str, "office", "office (bundled or prepared), office-sim, or a name"),
-    ("data-dir", str, None, "folder with items.jsonl and interactions.csv"),
-    ("stage", ("all", *STAGES), "all", "which stages to run"),
-    ("preset", PRESETS, "tiny", "tiny: bundled agent; paper: Qwen3-4B"),
-    ("model", str, MODELS, "Hugging Face folder or hub id"),
-    ("out", str, None, "run folder (default runs/DATASET-SEED)"),
-    ("overwrite", bool, False, "replace an existing run folder"),
-    ("resume", str, None, "continue this run folder with its own flags"),
-    "training",
-    ("steps", int, (50, None), "steps of stage 1"),
-    ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
-    ("ppr-steps", int, (12, None), "steps of stage 2"),
-    ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
-    (
-        "warmup-steps",
-        int,
-        (0, 0),
-        "steps of imitation before stage 1 (a new agent: 1500)",
-    ),
-    (
-        "exercise-steps",
-        int,
-        (0, 0),
-        "of them practise looking up numbers (a new agent: a tenth)",
-    ),
-    ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
-    ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
-    ("layers", int, 4, "layers of a new agent"),
-    ("lr", float, (2e-4, 1e-6), "learning rate"),
-    ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
-    ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
-    ("batch", int, (12, 64), "prompts a step"),
-    ("group-size", int, (8, 8), "trajectories a prompt, G"),
-    ("temperature", float, (0.6, 0.6), "of sampling"),
-    ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
-    ("max-new-tokens", int, (640, 6144), "of a trajectory with its observations"),
-    ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
-    ("title-chars", int, (30, 60), "titles are cut to so many characters"),
-    ("k", int, 10, "length of the ranking, K (paper: 10)"),
-    ("bonus", float, BONUS, "reward for rank 1 with a tool"),
-    ("max-grad-norm", float, 1.0, "gradient clipping"),
-    "variants (defaults: the paper's estimator)",
-    ("baseline", ("mean", "loo"), "mean", "group baseline b of Eq. 6"),
-    ("divide-by-std", bool, False, "common GRPO variant; breaks Proposition 1"),
-    ("token-mean", bool, False, "mean over tokens instead of the sum"),
-    ("keep-negative-groups", bool, False, "no dynamic sampling"),
-    ("random-negatives", bool, False, "stage 2 on random instead of hard pairs"),
-    ("ppr-directions", tuple(DIRECTIONS), "both", "which questions stage 2 asks"),
-    ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2: reward, or Prop. 2"),
-    ("no-tools", bool, False, "train to reason without tools (row R)"),
-    ("without-tool", ALL_TOOLS, [], "remove this tool; can be repeated"),
-    ("profiles", ("template", "llm"), "template", "who writes the user profiles"),
-    "machine",
-    ("seed", int, 0, "of training; samples and SASRec stay the same"),
-    ("device", str, "auto", "cpu, cuda, ..."),
-    ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
-    ("micro-tokens", int, (MICRO_TOKENS, 8192), "tokens held at once in an update"),
-    ("lora-rank", int, 0, "train adapters of this rank only (0: all weights)"),
-    ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
-    ("slots", int, (16, 4), "prompts in flight during a rollout"),
-    ("shard", bool, False, "split the model over torchrun's ranks (FSDP2)"),
-    ("memory", bool, False, "print the memory need per GPU and stop"),
-    ("save-every", int, 10, "steps between resumable states"),
-    ("test-samples", int, 500, "test samples of the final table"),
-    ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
-)
-POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
-    max_new_tokens micro_tokens slots save_every test_samples width layers"""
-NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps seed bonus
-    lora_rank"""
 
 
 @dataclass
@@ -753,7 +678,73 @@ def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
     return memory_need(qwen3_config(name), n, sharded, *held, *how)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------------------------- flags
+
+PRESETS = ("tiny", "paper")
+MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
+DTYPES = ("auto", "float32", "bfloat16")
+FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and paper), help
+    "what to run",
+    ("dataset", str, "office", "office (bundled or prepared), office-sim, or a name"),
+    ("data-dir", str, None, "folder with items.jsonl and interactions.csv"),
+    ("stage", ("all", *STAGES), "all", "which stages to run"),
+    ("preset", PRESETS, "tiny", "tiny: bundled agent; paper: Qwen3-4B"),
+    ("model", str, MODELS, "Hugging Face folder or hub id"),
+    ("out", str, None, "run folder (default runs/DATASET-SEED)"),
+    ("overwrite", bool, False, "replace an existing run folder"),
+    ("resume", str, None, "continue this run folder with its own flags"),
+    "training",
+    ("steps", int, (50, None), "steps of stage 1"),
+    ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
+    ("ppr-steps", int, (12, None), "steps of stage 2"),
+    ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
+    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 1500)"),
+    ("exercise-steps", int, (0, 0), "of them practise looking up numbers (a new agent: a tenth)"),
+    ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
+    ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
+    ("layers", int, 4, "layers of a new agent"),
+    ("lr", float, (2e-4, 1e-6), "learning rate"),
+    ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
+    ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
+    ("batch", int, (12, 64), "prompts a step"),
+    ("group-size", int, (8, 8), "trajectories a prompt, G"),
+    ("temperature", float, (0.6, 0.6), "of sampling"),
+    ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
+    ("max-new-tokens", int, (640, 6144), "of a trajectory with its observations"),
+    ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
+    ("title-chars", int, (30, 60), "titles are cut to so many characters"),
+    ("k", int, 10, "length of the ranking, K (paper: 10)"),
+    ("bonus", float, BONUS, "reward for rank 1 with a tool"),
+    ("max-grad-norm", float, 1.0, "gradient clipping"),
+    "variants (defaults: the paper's estimator)",
+    ("baseline", ("mean", "loo"), "mean", "group baseline b of Eq. 6"),
+    ("divide-by-std", bool, False, "common GRPO variant; breaks Proposition 1"),
+    ("token-mean", bool, False, "mean over tokens instead of the sum"),
+    ("keep-negative-groups", bool, False, "no dynamic sampling"),
+    ("random-negatives", bool, False, "stage 2 on random instead of hard pairs"),
+    ("ppr-directions", tuple(DIRECTIONS), "both", "which questions stage 2 asks"),
+    ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2: reward, or Prop. 2"),
+    ("no-tools", bool, False, "train to reason without tools (row R)"),
+    ("without-tool", ALL_TOOLS, [], "remove this tool; can be repeated"),
+    ("profiles", ("template", "llm"), "template", "who writes the user profiles"),
+    "machine",
+    ("seed", int, 0, "of training; samples and SASRec stay the same"),
+    ("device", str, "auto", "cpu, cuda, ..."),
+    ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
+    ("micro-tokens", int, (MICRO_TOKENS, 8192), "tokens held at once in an update"),
+    ("lora-rank", int, 0, "train adapters of this rank only (0: all weights)"),
+    ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
+    ("slots", int, (16, 4), "prompts in flight during a rollout"),
+    ("shard", bool, False, "split the model over torchrun's ranks (FSDP2)"),
+    ("memory", bool, False, "print the memory need per GPU and stop"),
+    ("save-every", int, 10, "steps between resumable states"),
+    ("test-samples", int, 500, "test samples of the final table"),
+    ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
+)  # fmt: skip
+POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
+    max_new_tokens micro_tokens slots save_every test_samples width layers"""
+NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps seed bonus
+    lora_rank"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -839,6 +830,9 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             value = getattr(args, name)
             if value is not None and not possible(value):
                 parser.error(f"--{name.replace('_', '-')} {value}: {reason}")
+
+
+# ---------------------------------------------------------------------------------------------------------- run folder
 
 
 def open_run(args: argparse.Namespace) -> Run:
@@ -957,6 +951,9 @@ def read_config(out: pathlib.Path) -> dict:
             f"{out}: no config.json; --resume takes a run folder that train.py made"
         )
     return json.loads((out / "config.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def evaluate(args: argparse.Namespace, *flags: str) -> None:
