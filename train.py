@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import functools
 import gc
 import json
 import math
@@ -28,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -138,11 +138,10 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     args, began = run.args, time.perf_counter()
     tasks = stage_tasks(run, stage, step)  # P prompts
     seed = (args.seed, STAGE_SEED[stage], step)
-    groups = sample_groups(
-        run, tasks, seed, args.slots, args.group_size
-    )  # P lists of G
+    G = args.group_size
+    groups = sample_groups(run, tasks, seed, args.slots, G)  # P lists of G
     for t in (t for group in groups for t in group):
-        t.reward = reward(run.ctx, t, args.k, args.bonus)
+        t.reward = reward(run.ctx, t, args.k, args.bonus)  # Eq. 1, or of a pair
     rolled = time.perf_counter()
     metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
     metrics |= backward(run, groups)  # advantages and gradient, Eq. 6
@@ -198,17 +197,18 @@ def sample_groups(
 
 def backward(run: Run, groups: list[list[Trajectory]]) -> dict:
     """Accumulate the step's gradient; --ppr-objective logistic takes the pair questions out of the policy gradient."""
-    args, metrics = run.args, {}
-    drop = not args.keep_negative_groups
-    how = (args.micro_tokens, run.score)
+    args, policy, metrics = run.args, run.policy, {}
+    micro_tokens, score = args.micro_tokens, run.score
     if args.ppr_objective == "logistic":
         pairs = [group for group in groups if group[0].task.pair]
         groups = [group for group in groups if not group[0].task.pair]
-        metrics |= bound_gradient(run.policy, pairs, *how) if pairs else {}
+        metrics |= bound_gradient(policy, pairs, micro_tokens, score) if pairs else {}
     if groups:
+        drop = not args.keep_negative_groups
         objective = Objective(args.baseline, args.divide_by_std, args.token_mean, drop)
-        how = (args.temperature, *how)
-        metrics |= policy_gradient(run.policy, groups, objective, *how)
+        metrics |= policy_gradient(
+            policy, groups, objective, args.temperature, micro_tokens, score
+        )
     return metrics
 
 
@@ -242,18 +242,15 @@ def mined_samples(run: Run) -> list[Sample]:
 
 def mine_pairs(run: Run) -> None:
     """Stage 2's data: roll the stage-1 policy out once over training samples and keep its violations (Eq. 3)."""
-    args, (rank, n) = run.args, ranks()
-    seed = (args.seed, STAGE_SEED["mine"])
+    args, n = run.args, ranks()[1]
+    seed, slots = (args.seed, STAGE_SEED["mine"]), 8 * args.slots
     tasks = [Task(sample) for sample in mined_samples(run)]
-    how = {"desc": "mining hard pairs", "unit": "sample", "disable": rank > 0}
-    with tqdm(total=len(tasks) // n, **how) as bar:
-        how = {"progress": lambda group: bar.update()}
-        groups = sample_groups(run, tasks, seed, 8 * args.slots, 1, **how)
+    with progress_bar("mining hard pairs", len(tasks) // n, "sample") as bar:
+        groups = sample_groups(run, tasks, seed, slots, 1, lambda group: bar.update())
     run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
     if not run.pairs:
-        raise ModelError(
-            "no hard pairs: the policy ranked every positive first, or no answer was valid"
-        )
+        why = "the policy ranked every positive first, or no answer was valid"
+        raise ModelError(f"no hard pairs: {why}")
     put_json(run.out / "hard_pairs.jsonl", map(vars, run.pairs))
     tqdm.write(f"mined {len(run.pairs)} hard pairs from {len(tasks)} training samples")
 
@@ -305,8 +302,8 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     for i, n in zip(own, counts):
         heavy = min(n, endings[i])
         weights += [1.0] * (n - heavy) + [ENDING_WEIGHT] * heavy
-    how = {"micro_tokens": args.micro_tokens, "score": run.score}
     shown = [rows[i] for i in own]
+    how = {"micro_tokens": args.micro_tokens, "score": run.score}
     logprobs, _ = accumulate(run.policy, prompts, shown, weights, n_actions, **how)
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, x in zip(own, logprobs.split(counts)):
@@ -329,8 +326,8 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
     model, args = run.policy.model, run.args
     if stage == "warmup" and not args.shard:  # Muon needs whole matrices
         return MuonAdamW(model, args.warmup_lr)
-    how = {"betas": (0.9, 0.95), "weight_decay": 0.0}
-    return torch.optim.AdamW(model.parameters(), args.lr, **how)
+    weights = model.parameters()
+    return torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 # --------------------------------------------------------------------------------------------- before training: profiles
@@ -356,14 +353,15 @@ def write_profiles(run: Run) -> None:
     profiles |= read_profiles(path)
     todo = [s for s in profile_samples(run) if s.id not in profiles]
     starts = range(0, len(todo), 8 * run.args.slots * n)
-    how = {"unit": "batch", "disable": rank > 0}
-    with sampler(run) as policy:
-        for at in tqdm(starts, "writing profiles", **how):
+    bar = progress_bar("writing profiles", len(starts), "batch")
+    with bar, sampler(run) as policy:
+        for at in starts:
             own = todo[at : at + starts.step][rank::n]
             texts = complete(policy, [profile_prompt(policy, run.ctx, s) for s in own])
             for part in gather_list([(s.id, text) for s, text in zip(own, texts)]):
                 profiles.update(part)
             put_json(path, ({"sample": i, "text": t} for i, t in profiles.items()))
+            bar.update()
 
 
 # ------------------------------------------------------------------------------------------------ the loop over the steps
@@ -393,10 +391,9 @@ def train_stage(run: Run, stage: str) -> None:
             mine_pairs(run)
     if stage == "warmup" and run.step == 0 and not run.score:
         separate_letters(run.policy, run.args.seed)
-    steps, rank = stage_steps(run, stage), ranks()[0]
+    steps = stage_steps(run, stage)
     run.optimizer = run.optimizer or make_optimizer(run, stage)
-    how = {"total": steps, "initial": run.step, "unit": "step", "disable": rank > 0}
-    with tqdm(desc=STAGES[stage], **how) as bar:
+    with progress_bar(STAGES[stage], steps, "step", run.step) as bar:
         run.stepping = True
         while run.step < steps:
             if stage == "warmup":
@@ -412,8 +409,8 @@ def train_stage(run: Run, stage: str) -> None:
     if run.stop:
         leave(run, run.stop)
     with sampler(run, exact=True) as policy:
-        if rank == 0:
-            put(run.out / stage, functools.partial(save_policy, policy))
+        if ranks()[0] == 0:
+            put(run.out / stage, partial(save_policy, policy))
 
 
 def end_of_step(run: Run, last: bool) -> None:
@@ -425,9 +422,8 @@ def end_of_step(run: Run, last: bool) -> None:
         save_state(run)
         over_ranks([0])  # nobody leaves, and has the others ended, before it is written
     if failing:
-        raise ModelError(
-            f"3 updates in a row were not finite; state saved in {run.out}: start anew with a lower --lr"
-        )
+        hint = f"state saved in {run.out}: start anew with a lower --lr"
+        raise ModelError(f"3 updates in a row were not finite; {hint}")
     if stop:
         leave(run, stop)
 
@@ -447,6 +443,11 @@ def leave(run: Run, received: int) -> None:
     end_rank(128 + received)
 
 
+def progress_bar(text: str, total: int, unit: str, done: int = 0) -> tqdm:
+    """A progress bar that only rank 0 shows."""
+    return tqdm(desc=text, total=total, unit=unit, initial=done, disable=ranks()[0] > 0)
+
+
 def postfix(m: dict) -> str:
     """The progress bar's figures."""
     if "valid" not in m:
@@ -458,8 +459,8 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     """Append the step's metrics and its first group's best and worst trajectory; warn of what looks wrong."""
     args, cut = run.args, metrics.get("cut", 0)
     if cut > 0.3:
-        limit = f"--max-new-tokens {args.max_new_tokens}"
-        tqdm.write(f"warning: {cut:.0%} of answers were cut by {limit}")
+        flag = f"--max-new-tokens {args.max_new_tokens}"
+        tqdm.write(f"warning: {cut:.0%} of answers were cut by {flag}")
     kl = metrics.get("kl_sampler_trainer") or 0
     if kl > (1e-4 if run.policy.dtype == torch.float32 else 1e-2):  # bf16 is coarse
         tqdm.write(f"warning: sampler and trainer disagree, KL {kl:.1e}")
@@ -467,10 +468,8 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     if groups and (still or metrics.get("grad_norm") == 0):
         why = "all groups have equal rewards" if still else "no group gave a signal"
         tqdm.write(f"{why}: no update in this step")
-    rounded = [
-        (k, round(v, 6) if isinstance(v, float) else v) for k, v in metrics.items()
-    ]
-    logs = {"metrics.jsonl": [dict(rounded)]}
+    line = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    logs = {"metrics.jsonl": [line]}
     for group in groups[:1]:
         rewards = np.array([[t.reward for t in group]])
         advantages = group_advantages(rewards, args.baseline, args.divide_by_std)[0]
@@ -543,7 +542,7 @@ def save_state(run: Run) -> None:
     state = {"stage": run.stage, "step": run.step, "skipped": run.skipped}
     for path in (run.out / name for name in LOGS):
         state[path.name] = path.read_bytes().count(b"\n") if path.exists() else 0
-    put(run.out / "last", functools.partial(write_state, model, optimizer, state))
+    put(run.out / "last", partial(write_state, model, optimizer, state))
 
 
 def write_state(model: dict, optimizer: dict, state: dict, folder: pathlib.Path):
@@ -673,9 +672,9 @@ def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
     """GB that a known model needs on each of `n` GPUs with these flags, by part."""
     prompts = min(args.slots, -(-args.batch // n))
-    held = (prompts * args.group_size, prompts, args.max_new_tokens, args.micro_tokens)
-    how = (args.lora_rank, args.grad_checkpoint)
-    return memory_need(qwen3_config(name), n, sharded, *held, *how)
+    sampling = (prompts * args.group_size, prompts, args.max_new_tokens)
+    update = (args.micro_tokens, args.lora_rank, args.grad_checkpoint)
+    return memory_need(qwen3_config(name), n, sharded, *sampling, *update)
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -749,8 +748,8 @@ NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; defaults come from the preset, `--resume` takes all of them from the run's config.json."""
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **how)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     for flag in FLAGS:
         if isinstance(flag, str):
             group = parser.add_argument_group(flag)
@@ -758,11 +757,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add_flag(group, *flag)
     args = parser.parse_args(argv)
     if args.resume:
-        given = (x for x, value in vars(args).items() if value != parser.get_default(x))
-        extra = next((x for x in given if x != "resume"), None)
-        if extra:
-            flag = f"--{extra.replace('_', '-')}"
-            parser.error(f"--resume continues with the run's own flags; drop {flag}")
+        for name, value in vars(args).items():
+            if name != "resume" and value != parser.get_default(name):
+                drop = f"drop --{name.replace('_', '-')}"
+                parser.error(f"--resume continues with the run's own flags; {drop}")
     else:
         fill_in(args)
         check_flags(parser, args)
@@ -773,11 +771,7 @@ def add_flag(group, name: str, kind, default, text: str) -> None:
     """One row of FLAGS as an argument; a default that depends on the preset is filled in later."""
     how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
     if kind is bool:
-        how = {
-            "action": "store_true"
-            if default is False
-            else argparse.BooleanOptionalAction
-        }
+        how = {"action": argparse.BooleanOptionalAction if default else "store_true"}
     if default == []:
         how["action"] = "append"
     if isinstance(default, tuple):
@@ -794,11 +788,10 @@ def fill_in(args: argparse.Namespace) -> None:
             args.exercise_steps = args.warmup_steps // 10
     if not trained_tools(vars(args)) and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
-    stages = [x for x in ("", "ppr_") if getattr(args, f"{x}epochs") is not None]
-    settled = [f"{x}steps" for x in stages]  # epochs that were asked for decide
+    epochs = {"steps": args.epochs, "ppr_steps": args.ppr_epochs}  # if given, decide
     for name, _, default, _ in (flag for flag in FLAGS if not isinstance(flag, str)):
         name = name.replace("-", "_")
-        known = getattr(args, name) is not None or name in settled
+        known = getattr(args, name) is not None or epochs.get(name) is not None
         if isinstance(default, tuple) and not known:
             setattr(args, name, default[PRESETS.index(args.preset)])
     if args.device == "auto":
@@ -838,13 +831,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def open_run(args: argparse.Namespace) -> Run:
     """Load or build everything a run needs: folder, dataset, SASRec, policy."""
     out, (rank, n) = pathlib.Path(args.out), ranks()
-    used = out.exists() and any(p.name != LOCK for p in out.iterdir())
-    if used and not args.resumed and not args.overwrite and rank == 0:
-        raise ModelError(
-            f"{out} exists; choose another --out, continue it with --resume {out}, or --overwrite"
-        )
-    if used and args.overwrite:
-        check_overwritten(args, out)
+    if rank == 0 and not args.resumed:
+        check_folder(args, out)
     check_device(args.device)
     ds = load_dataset(args.dataset, args.data_dir)
     args.dataset = ds.name  # "office" may mean another one later
@@ -861,27 +849,29 @@ def open_run(args: argparse.Namespace) -> Run:
         add_lora(policy, args.lora_rank)
     if args.grad_checkpoint:
         checkpoint_layers(policy)
-    how = f"{policy.describe()}, {args.dtype} on {args.device}"
-    print(f"agent {args.model}: {how}", flush=True)
+    what = f"{policy.describe()}, {args.dtype} on {args.device}"
+    print(f"agent {args.model}: {what}", flush=True)
     run = Run(args, out, ds, ctx, policy)
     if sharded:
         shard(run)
     return run
 
 
-def check_overwritten(args: argparse.Namespace, out: pathlib.Path) -> None:
-    """ModelError if --overwrite would delete what is no run folder, or what this run is about to read."""
+def check_folder(args: argparse.Namespace, out: pathlib.Path) -> None:
+    """ModelError if a new run would replace files unasked, or delete what is no run folder or what it is about to read."""
+    if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
+        return
+    hint = "choose another --out"
+    if not args.overwrite:
+        hint = f"{hint}, continue it with --resume {out}, or --overwrite"
+        raise ModelError(f"{out} exists; {hint}")
     if not (out / "config.json").exists():
-        raise ModelError(
-            f"{out} is no run folder: it is not overwritten; choose another --out"
-        )
+        raise ModelError(f"{out} is no run folder: it is not overwritten; {hint}")
     for name in filter(None, (args.model, args.data_dir)):
         for path in (pathlib.Path(name), HERE / name):
             inside = path.resolve().is_relative_to(out.resolve())
             if inside and path.name != "start":  # where --model new writes
-                raise ModelError(
-                    f"--overwrite would delete {name}; choose another --out"
-                )
+                raise ModelError(f"--overwrite would delete {name}; {hint}")
 
 
 def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
@@ -894,19 +884,18 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
                 remove(path)
         write_config(args, out, ds)
     elif read_config(out)["fingerprint"] != ds.fingerprint():
-        raise DatasetError(
-            f"{out}: the dataset has changed since this run started; restore it or start a new run"
-        )
+        what = "the dataset has changed since this run started"
+        raise DatasetError(f"{out}: {what}; restore it or start a new run")
     for name, end in (("sasrec", ds.fit_end), ("sasrec_baseline", ds.train_end)):
         if not (out / f"{name}.safetensors").exists():
             model = train_sasrec(ds, end, progress=f"training {name}")
-            put(out / f"{name}.safetensors", functools.partial(save_sasrec, model))
+            put(out / f"{name}.safetensors", partial(save_sasrec, model))
     start = out / "start"  # kept: its tokenizer must not change on resuming
     if args.model == str(start) and not start.exists():
         ctx = make_context(args, out, ds)
         texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
         agent = build_tiny_agent(texts, tiny_shape(args.width, args.layers))
-        put(start, functools.partial(save_policy, agent))
+        put(start, partial(save_policy, agent))
 
 
 def make_context(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> Context:
@@ -923,9 +912,8 @@ def lock(out: pathlib.Path) -> None:
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as e:
-        raise ModelError(
-            f"{out}: another run is writing there; wait for it or choose another --out"
-        ) from e
+        hint = "wait for it or choose another --out"
+        raise ModelError(f"{out}: another run is writing there; {hint}") from e
 
 
 def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
@@ -947,9 +935,8 @@ def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> No
 def read_config(out: pathlib.Path) -> dict:
     """What write_config wrote; ModelError if `out` is no run folder."""
     if not (out / "config.json").exists():
-        raise ModelError(
-            f"{out}: no config.json; --resume takes a run folder that train.py made"
-        )
+        hint = "--resume takes a run folder that train.py made"
+        raise ModelError(f"{out}: no config.json; {hint}")
     return json.loads((out / "config.json").read_text())
 
 
@@ -961,17 +948,15 @@ def evaluate(args: argparse.Namespace, *flags: str) -> None:
     samples = str(args.test_samples)
     command = [sys.executable, str(HERE / "eval.py"), args.out, "--samples", samples]
     if not args.no_eval and subprocess.run([*command, *flags], check=False).returncode:
-        raise ModelError(
-            f"eval.py failed; what was saved is intact, try: python eval.py {args.out}"
-        )
+        hint = f"what was saved is intact, try: python eval.py {args.out}"
+        raise ModelError(f"eval.py failed; {hint}")
 
 
 def release(run: Run) -> None:
     """Give the memory of a trained model back before eval.py loads it again."""
     run.policy = run.whole = run.optimizer = run.score = None
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 def main() -> None:
@@ -982,7 +967,7 @@ def main() -> None:
         saved |= {"out": args.resume, "resumed": True}
         args = argparse.Namespace(**vars(parse_args([])) | saved)
     if args.memory:
-        return print(memory_table(functools.partial(memory, args)))
+        return print(memory_table(partial(memory, args)))
     join_ranks(args.device)
     if args.preset == "paper" and args.model in QWEN3:  # before any download
         need = memory(args, args.model, launched(), args.shard).items()
@@ -990,7 +975,7 @@ def main() -> None:
         print(f"memory per GPU at most, in GB: {parts}", flush=True)
     run = open_run(args)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, functools.partial(on_signal, run))
+        signal.signal(number, partial(on_signal, run))
     if args.profiles == "llm":
         write_profiles(run)
     rank, n = ranks()
