@@ -672,9 +672,9 @@ def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
     """GB that a known model needs on each of `n` GPUs with these flags, by part."""
     prompts = min(args.slots, -(-args.batch // n))
-    sampling = (prompts * args.group_size, prompts, args.max_new_tokens)
-    update = (args.micro_tokens, args.lora_rank, args.grad_checkpoint)
-    return memory_need(qwen3_config(name), n, sharded, *sampling, *update)
+    sampled = (prompts * args.group_size, prompts, args.max_new_tokens)
+    updated = (args.micro_tokens, args.lora_rank, args.grad_checkpoint)
+    return memory_need(qwen3_config(name), n, sharded, *sampled, *updated)
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
