@@ -29,6 +29,7 @@ import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from operator import itemgetter
@@ -76,11 +77,14 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
     """The objects in a file, without lines that an interruption cut; none if there is no such file."""
     found = []
     for text in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             found.append(json.loads(text))
-        except ValueError:
-            continue
     return found
+
+
+def one_line(text: str) -> str:
+    """Text on one line, single-spaced, without characters that cannot be shown."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 @dataclass(frozen=True)
@@ -229,16 +233,13 @@ def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
     rows = np.sort(np.concatenate(parts))
     n = len(rows)
     if n < 40:
-        raise DatasetError(
-            f"{ds.name}: only {n} samples have a history; add interactions (40 are needed)"
-        )
-    largest = max(len(set(ds.item[r].tolist())) for r in ds.by_user)
-    needed = largest + N_CANDIDATES - 1
-    if len(ds.items) < needed:
-        raise DatasetError(
-            f"{ds.name}: {len(ds.items)} items are too few: {N_CANDIDATES - 1} negatives beside a user's "
-            f"{largest} items need {needed}"
-        )
+        few = f"only {n} samples have a history; add interactions (40 are needed)"
+        raise DatasetError(f"{ds.name}: {few}")
+    negatives = N_CANDIDATES - 1
+    most = max(len(set(ds.item[r].tolist())) for r in ds.by_user)
+    if (n_items := len(ds.items)) < most + negatives:
+        need = f"{negatives} negatives beside a user's {most} items need {most + negatives}"
+        raise DatasetError(f"{ds.name}: {n_items} items are too few: {need}")
     cuts = [0, int(0.7 * n), int(0.8 * n), int(0.9 * n), n]
     for name, a, b in zip(("fit", "train", "valid", "test"), cuts, cuts[1:]):
         ds.splits[name] = Samples(ds, rows[a:b], seed)
@@ -400,32 +401,26 @@ def open_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     """
     number, packed = 0, path.suffix == ".gz"
     try:
-        size, title = os.stat(path).st_size, f"reading {path.name}"
-        with (
-            open(path, "rb") as f,
-            tqdm.wrapattr(f, "read", size, desc=title, disable=not packed) as counted,
-        ):
+        size = os.stat(path).st_size
+        bar = {"desc": f"reading {path.name}", "disable": not packed}
+        with open(path, "rb") as f, tqdm.wrapattr(f, "read", size, **bar) as counted:
             lines = gzip.GzipFile(fileobj=counted) if packed else f
             while line := lines.readline(MAX_LINE + 1):
                 number += 1
+                where = f"{path}:{number}"
                 if len(line) > MAX_LINE:
-                    raise DatasetError(
-                        f"{path}:{number}: the line is longer than {MAX_LINE:,} bytes; write one row a line"
-                    )
-                code = "utf-8-sig" if number == 1 else "utf-8"
-                yield f"{path}:{number}", line.decode(code)
+                    fault = f"longer than {MAX_LINE:,} bytes; write one row a line"
+                    raise DatasetError(f"{where}: the line is {fault}")
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as e:
-        raise DatasetError(
-            f"{path}:{number}: byte {e.start + 1} of the line is not UTF-8; save the file as UTF-8"
-        ) from e
+        fault = f"byte {e.start + 1} of the line is not UTF-8; save the file as UTF-8"
+        raise DatasetError(f"{where}: {fault}") from e
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise DatasetError(
-            f"{path}: damaged or cut short ({e}); delete it and fetch it again"
-        ) from e
+        fault = f"damaged or cut short ({e}); delete it and fetch it again"
+        raise DatasetError(f"{path}: {fault}") from e
     except OSError as e:
-        raise DatasetError(
-            f"{path}: cannot be read ({e.strerror}); a dataset needs the files items.jsonl and interactions.csv"
-        ) from e
+        needed = "a dataset needs the files items.jsonl and interactions.csv"
+        raise DatasetError(f"{path}: cannot be read ({e.strerror}); {needed}") from e
 
 
 def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
@@ -437,13 +432,11 @@ def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
             reason = getattr(e, "msg", "too deep, or a number too long")
-            raise DatasetError(
-                f"{where}: not JSON ({reason}); write one object a line"
-            ) from e
+            fault = f"not JSON ({reason}); write one object a line"
+            raise DatasetError(f"{where}: {fault}") from e
         if not isinstance(row, dict) or not row.get("parent_asin"):
-            raise DatasetError(
-                f"{where}: field parent_asin is missing; give every item an id"
-            )
+            fault = "field parent_asin is missing; give every item an id"
+            raise DatasetError(f"{where}: {fault}")
         yield where, row
 
 
@@ -479,41 +472,32 @@ def read_items(path: pathlib.Path) -> dict[str, Item]:
     """Items by id from a JSON-lines file; the category is the last of `categories`, else `main_category`."""
     items: dict[str, Item] = {}
     for where, row in json_rows(path):
-        key, title = str(row["parent_asin"]), str(row.get("title") or "")
-        fault = item_fault(row, title)
-        if key in items:
-            fault = (
-                f"parent_asin {key!r:.40} appears a second time; keep one line of it"
-            )
-        if fault:
+        if fault := item_fault(row, items):
             raise DatasetError(f"{where}: {fault}")
-        items[key] = Item(
-            key,
-            " ".join(title.split()),
-            row.get("store") or None,
-            (row.get("categories") or [None])[-1] or row.get("main_category"),
-            positive_number(row.get("price")),
-            positive_number(row.get("average_rating")),
-            row.get("rating_number"),
-        )
+        key, title = str(row["parent_asin"]), " ".join(str(row["title"]).split())
+        category = (row.get("categories") or [None])[-1] or row.get("main_category")
+        store, count = row.get("store") or None, row.get("rating_number")
+        price = positive_number(row.get("price"))
+        stars = positive_number(row.get("average_rating"))
+        items[key] = Item(key, title, store, category, price, stars, count)
     if len(items) < N_CANDIDATES:
-        raise DatasetError(
-            f"{path}: {len(items)} items; add more, at least {N_CANDIDATES} are needed"
-        )
+        few = f"{len(items)} items; add more, at least {N_CANDIDATES} are needed"
+        raise DatasetError(f"{path}: {few}")
     return items
 
 
-def item_fault(row: dict, title: str) -> str | None:
-    """What is wrong with an item, and what to do; None for a good one."""
-    if not any(c.isprintable() and not c.isspace() for c in title):
+def item_fault(row: dict, items: dict[str, Item]) -> str | None:
+    """What is wrong with a row after `items`, and what to do; None for a good one."""
+    key = str(row["parent_asin"])
+    if key in items:
+        return f"parent_asin {key!r:.40} appears a second time; keep one line of it"
+    if not one_line(str(row.get("title") or "")):
         return "field title is empty; give every item a title or drop its line"
     for name, (kind, wanted) in OPTIONAL.items():
-        value = row.get(name)
-        if not value:
-            continue
-        parts = value if isinstance(value, list) and kind is list else []
-        if not isinstance(value, kind) or not all(isinstance(c, str) for c in parts):
-            return f"field {name} is {value!r:.40}; use {wanted} or null"
+        if value := row.get(name):
+            parts = value if isinstance(value, list) else []
+            if not (isinstance(value, kind) and all(isinstance(c, str) for c in parts)):
+                return f"field {name} is {value!r:.40}; use {wanted} or null"
     return None
 
 
@@ -577,13 +561,13 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     path = folder / "interactions.csv"
     rows, again = read_interactions(path, index)
     if not rows:
-        raise DatasetError(
-            f"{path}: no interactions; add at least one line below the header"
-        )
+        fault = "no interactions; add at least one line below the header"
+        raise DatasetError(f"{path}: {fault}")
     users: dict[str, int] = {}
     rows = untie([(users.setdefault(r[0], len(users)), *r[1:]) for r in rows])
     columns = [np.array(c) for c in zip(*rows)]
-    notes = [f"{w}: {len(again)} duplicate rows skipped, this one first" for w in again[:1]]  # fmt: skip
+    skipped = f"{len(again)} duplicate rows skipped, this one first"
+    notes = [f"{where}: {skipped}" for where in again[:1]]
     return Dataset(name, list(catalogue.values()), list(users), *columns, notes=notes)
 
 
@@ -601,15 +585,13 @@ def load_dataset(name: str, folder: str | None = None, seed: int = 0) -> Dataset
     elif name in ("office", "office-sim"):
         ds = simulate_office()
     elif name in KNOWN:
-        raise DatasetError(
-            f"dataset {name}: {path} does not exist; run `python data.py {name}` first"
-        )
+        advice = f"run `python data.py {name}` first"
+        raise DatasetError(f"dataset {name}: {path} does not exist; {advice}")
     else:
         near = difflib.get_close_matches(name, KNOWN, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise DatasetError(
-            f"unknown dataset {name!r} (known: {', '.join(KNOWN)}; others with --data-dir){hint}"
-        )
+        known = f"known: {', '.join(KNOWN)}; others with --data-dir"
+        raise DatasetError(f"unknown dataset {name!r} ({known}){hint}")
     make_splits(ds, seed)
     return ds
 
@@ -673,9 +655,8 @@ def fetch(url: str, path: pathlib.Path) -> None:
 
 
 def clean(text: object) -> str:
-    """Text with HTML entities resolved, on one line, without characters that cannot be shown; "" for no text."""
-    text = html.unescape(text) if isinstance(text, str) else ""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """`one_line` of a text with its HTML entities resolved; "" for what is no text."""
+    return one_line(html.unescape(text)) if isinstance(text, str) else ""
 
 
 def usable_items(
