@@ -35,6 +35,7 @@ from http.client import HTTPException
 from operator import itemgetter
 
 import numpy as np
+from numpy.random import Generator
 from tqdm import tqdm
 
 N_CANDIDATES = 20
@@ -267,9 +268,10 @@ art     Markers   Marker Crayon Chalk
 art     Scissors  Scissors Cutter Knife
 art     Paint     Paint Brush Canvas
 """  # a project (what a buyer is busy with for a while), a category of it, its products
-KINDS = [(p, c, noun) for p, c, *nouns in map(str.split, SHOP.splitlines()) for noun in nouns]  # fmt: skip
-PROJECTS = list(dict.fromkeys(project for project, _, _ in KINDS))
-CATEGORIES = list(dict.fromkeys(category for _, category, _ in KINDS))
+SHELVES = [line.split() for line in SHOP.splitlines()]
+KINDS = [(p, c, noun) for p, c, *nouns in SHELVES for noun in nouns]
+PROJECTS = list(dict.fromkeys(project for project, *_ in SHELVES))
+CATEGORIES = list(dict.fromkeys(category for _, category, *_ in SHELVES))
 BRANDS = "Norvik Kallo Bexley Tamaro Ostia Quill Merino Zephyr Halden Ivory Jasper Lumen Pavo Rivet Sable Umber"
 ADJECTIVES = "Fine Bold Mini Grand Classic Matte Clear Blue Red Green Grey Slim Heavy Eco Pro Soft Quick Duo Prime Basic"
 STYLES, BANDS = 8, 4  # hidden styles of items; price bands
@@ -282,9 +284,7 @@ DAY = 86_400_000
 LENGTH = (8, 16)
 
 
-def make_catalogue(
-    rng: np.random.Generator, n_items: int = 1800
-) -> tuple[list[Item], dict[str, np.ndarray]]:
+def make_catalogue(rng: Generator, n_items: int = 1800) -> tuple[list[Item], dict]:
     """Items of the simulated shop and their hidden properties, arrays with one entry an item."""
     brands, adjectives = BRANDS.split(), ADJECTIVES.split()
     base = rng.uniform(0, 1.0, len(KINDS))
@@ -298,10 +298,9 @@ def make_catalogue(
         titles.add(title)
         band = rng.integers(BANDS)
         level = 1.2 + 0.9 * band + 0.3 * base[i % len(KINDS)] + 0.25 * rng.normal()
-        price, stars = round(float(np.exp(level)), 2), float(rng.uniform(3.4, 4.9))
-        items.append(
-            Item(f"SIM{i:04d}", title, brands[b], category, price, round(stars, 1))
-        )
+        price = round(float(np.exp(level)), 2)
+        stars = round(float(rng.uniform(3.4, 4.9)), 1)
+        items.append(Item(f"SIM{i:04d}", title, brands[b], category, price, stars))
         places = PROJECTS.index(project), CATEGORIES.index(category)
         hidden.append((b, *places, band, rng.integers(STYLES)))
     names = "brand", "project", "category", "band", "style"
@@ -321,71 +320,59 @@ def simulate_office(n_users: int = 2000, seed: int = 7) -> Dataset:
     """
     rng = np.random.default_rng(seed)
     items, prop = make_catalogue(rng)
-    drive = draw_drive(rng, n_users)
-    sizes = len(BRANDS.split()), BANDS, STYLES, len(PROJECTS)
-    brand, band, style, project = (rng.integers(n, size=n_users) for n in sizes)
-    love = draw_love(rng, n_users)
-    far = np.abs(prop["band"] - band[:, None]).clip(0, 2)
-    lasting = drive[:, [0]] * (prop["brand"] == brand[:, None])  # [users, items]
-    lasting += drive[:, [2]] * (1 - 0.8 * far)
-    lasting += drive[:, [4]] * (prop["style"] == style[:, None])
-    lasting += drive[:, [5]] * love[:, prop["category"]] + prop["appeal"]
-    user, item, rating, time, utility = purchases(rng, prop, drive, lasting, project, love)  # fmt: skip
+    users = draw_users(rng, prop, n_users)
+    user, item, rating, time, utility = purchases(rng, prop, users)
     o = np.argsort(time, kind="stable")
     names = [f"U{u:04d}" for u in range(n_users)]
     columns = user[o], item[o], rating[o], time[o]
     return Dataset("office-sim", items, names, *columns, True, utility[o])
 
 
-def draw_drive(rng: np.random.Generator, n_users: int) -> np.ndarray:
-    """[users, evidence] utility of a full match for each user: one main driver, two lesser ones, a little of the rest."""
-    weights = np.full((n_users, len(EVIDENCE)), 0.10)
-    drivers = np.argsort(-(rng.gumbel(size=weights.shape) + np.log(FREQUENCY)), axis=1)
-    np.put_along_axis(weights, drivers[:, :3], np.array([[1.0, 0.7, 0.35]]), axis=1)
-    return weights * STRENGTH
-
-
-def draw_love(rng: np.random.Generator, n_users: int) -> np.ndarray:
-    """[users, categories] 1 for the three that a user loves, -1 for the six hated, else 0."""
-    love = np.zeros((n_users, len(CATEGORIES)))
+def draw_users(rng: Generator, prop: dict, n: int) -> tuple[np.ndarray, ...]:
+    """What drives n users: drive [users, evidence] is the utility of a full match, project [users] the first one, love
+    [users, categories] 1 for the three loved and -1 for the six hated, lasting [users, items] what no purchase changes."""
+    drive = np.full((n, len(EVIDENCE)), 0.10)  # a little of everything
+    drivers = np.argsort(-(rng.gumbel(size=drive.shape) + np.log(FREQUENCY)), axis=1)
+    np.put_along_axis(drive, drivers[:, :3], np.array([[1.0, 0.7, 0.35]]), axis=1)
+    drive *= STRENGTH
+    sizes = len(BRANDS.split()), BANDS, STYLES, len(PROJECTS)
+    brand, band, style, project = (rng.integers(size, size=n) for size in sizes)
+    love = np.zeros((n, len(CATEGORIES)))
     order = np.argsort(rng.random(love.shape), axis=1)
     np.put_along_axis(love, order[:, :3], 1.0, axis=1)
     np.put_along_axis(love, order[:, 3:9], -1.0, axis=1)
-    return love
+    far = np.abs(prop["band"] - band[:, None]).clip(0, 2)
+    lasting = drive[:, [0]] * (prop["brand"] == brand[:, None])
+    lasting += drive[:, [2]] * (1 - 0.8 * far)
+    lasting += drive[:, [4]] * (prop["style"] == style[:, None])
+    lasting += drive[:, [5]] * love[:, prop["category"]] + prop["appeal"]
+    return drive, project, love, lasting
 
 
-def purchases(
-    rng: np.random.Generator,
-    prop: dict[str, np.ndarray],
-    drive: np.ndarray,
-    lasting: np.ndarray,
-    project: np.ndarray,
-    love: np.ndarray,
-) -> list[np.ndarray]:
-    """user, item, rating, time and utility ([N, items]) of every purchase; `lasting` is what no purchase changes."""
+def purchases(rng: Generator, prop: dict, users: tuple) -> list[np.ndarray]:
+    """user, item, rating, time and utility ([N, items]) of every purchase of the users drawn."""
+    drive, project, love, lasting = users
     n_users = len(lasting)
     everyone = np.arange(n_users)
     length = rng.integers(*LENGTH, size=n_users)
     start = rng.uniform(0, 0.25, size=n_users)
-    owned, last = np.zeros(lasting.shape, bool), np.full(n_users, -1)
+    owned, follows = np.zeros(lasting.shape, bool), np.zeros(lasting.shape)
     steps: list[tuple[np.ndarray, ...]] = []
     for step in range(length.max()):
         moves = rng.random(n_users) < 0.15
         project = np.where(moves, rng.integers(len(PROJECTS), size=n_users), project)
         busy = prop["project"] == project[:, None]
-        utility = lasting + drive[:, [1]] * busy
-        if step:
-            match = np.zeros(lasting.shape)
-            np.put_along_axis(match, prop["complement"][last], 1.0, axis=1)
-            utility += drive[:, [3]] * match
+        utility = lasting + drive[:, [1]] * busy + drive[:, [3]] * follows
         noisy = utility + rng.gumbel(size=utility.shape)
-        last = np.where(owned, -np.inf, noisy).argmax(1)
-        owned[everyone, last] = True
-        liked = love[everyone, prop["category"][last]]
+        item = np.where(owned, -np.inf, noisy).argmax(1)
+        owned[everyone, item] = True
+        follows.fill(0)
+        np.put_along_axis(follows, prop["complement"][item], 1.0, axis=1)
+        liked = love[everyone, prop["category"][item]]
         rating = 3.6 + 1.2 * liked + 0.7 * rng.normal(size=n_users)
         done = (1 - start) * (step + rng.uniform(0.1, 0.9, n_users)) / length
         time = 1_664_582_400_000 + (start + done) * 365 * DAY
-        columns = everyone, last, rating.round().clip(1, 5), time.astype(np.int64)
+        columns = everyone, item, rating.round().clip(1, 5), time.astype(np.int64)
         now = step < length
         steps.append(tuple(c[now] for c in (*columns, utility.astype(np.float32))))
     return [np.concatenate(column) for column in zip(*steps)]
