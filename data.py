@@ -24,8 +24,6 @@ import pathlib
 import shutil
 import ssl
 import sys
-import urllib.error
-import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +31,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from operator import itemgetter
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 from numpy.random import Generator
@@ -592,6 +592,8 @@ def history(ds: Dataset, sample: Sample, limit: int | None = N_HISTORY) -> np.nd
 # ------------------------------------------------------------------------------------------------ Amazon Reviews 2023
 
 BASE_URL = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023"
+RATINGS = "benchmark/5core/rating_only/{}.csv.gz"
+METADATA = "raw/meta_categories/meta_{}.jsonl.gz"
 AMAZON = {  # source category, then the paper's users, items and interactions
     "office": ("Office_Products", 27_130, 11_511, 47_333),
     "cds": ("CDs_and_Vinyl", 5_437, 8_785, 13_826),
@@ -610,12 +612,10 @@ def fetch(url: str, path: pathlib.Path) -> None:
     have = part.stat().st_size if part.exists() else 0
     advice = f"check the network and --base-url, or put the file into {path.parent}"
     again = "run the same command again and it goes on from there"
+    headers = {"Range": f"bytes={have}-"} if have else {}
     try:
-        request = urllib.request.Request(url)
-        if have:
-            request.add_header("Range", f"bytes={have}-")
-        reply = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as e:
+        reply = urlopen(Request(url, headers=headers), timeout=60)
+    except HTTPError as e:
         if e.code == 416 and e.headers.get("Content-Range") == f"bytes */{have}":
             part.rename(path)  # it was already whole
             return
@@ -650,12 +650,12 @@ def usable_items(
     path: pathlib.Path, needed: set[str], keep_unpriced: bool
 ) -> tuple[dict[str, dict], Counter]:
     """Rows of items.jsonl for those of the `needed` ids that pass, and how many do not by reason."""
-    items, found, dropped = {}, set(), Counter()
+    items, missing, dropped = {}, set(needed), Counter()
     for _, row in json_rows(path):
         key = str(row["parent_asin"])
-        if key not in needed or key in found:
+        if key not in missing:
             continue
-        found.add(key)
+        missing.remove(key)
         title, price = clean(row.get("title")), positive_number(row.get("price"))
         count, listed = positive_number(row.get("rating_number")), row.get("categories")
         listed = listed if isinstance(listed, list) else []
@@ -674,7 +674,7 @@ def usable_items(
                 "average_rating": positive_number(row.get("average_rating")),
                 "rating_number": int(count) if count else None,
             }
-    dropped["items without metadata"] = len(needed - found)
+    dropped["items without metadata"] = len(missing)
     return items, dropped
 
 
@@ -709,14 +709,11 @@ def raw_files(args: argparse.Namespace) -> list[pathlib.Path]:
     """The ratings and the metadata of one subset in --raw-dir, fetched where not there yet."""
     category, raw = AMAZON[args.name][0], pathlib.Path(args.raw_dir)
     raw.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for remote in (
-        f"benchmark/5core/rating_only/{category}.csv.gz",
-        f"raw/meta_categories/meta_{category}.jsonl.gz",
-    ):
-        paths.append(raw / remote.rsplit("/", 1)[1])
-        if not paths[-1].exists():
-            fetch(f"{args.base_url.rstrip('/')}/{remote}", paths[-1])
+    remotes = RATINGS.format(category), METADATA.format(category)
+    paths = [raw / remote.rsplit("/", 1)[1] for remote in remotes]
+    for remote, path in zip(remotes, paths):
+        if not path.exists():
+            fetch(f"{args.base_url.rstrip('/')}/{remote}", path)
     return paths
 
 
@@ -731,13 +728,11 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
     items, dropped = usable_items(metadata, {r[1] for r in rows}, args.keep_unpriced)
     rows = sorted((r for r in rows if r[1] in items), key=itemgetter(3))
     if len(items) < N_CANDIDATES:
-        raise DatasetError(
-            f"{ratings}: {len(items)} items and {len(rows)} interactions of {period} "
-            "pass the filters; widen --min-date and --max-date"
-        )
+        few = f"{len(items)} items and {len(rows)} interactions of {period} pass the filters"
+        raise DatasetError(f"{ratings}: {few}; widen --min-date and --max-date")
     found = len({r[0] for r in rows}), len(items), len(rows)
-    published = AMAZON[args.name][1:]
-    names = "users", "items", "interactions"
+    counts = dict(zip(("users", "items", "interactions"), found))
+    paper = dict(zip(counts, AMAZON[args.name][1:]))
     bytes_read = {p.name: p.stat().st_size for p in (ratings, metadata)}
     about = {
         "source": {"base_url": args.base_url, "bytes": bytes_read},
@@ -747,9 +742,9 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
             "price": "any" if args.keep_unpriced else "a number",
         },
         "dropped": {"duplicate interactions": len(again), **dropped},
-        "counts": dict(zip(names, found)),
-        "paper": dict(zip(names, published)),
-        "difference": {n: f - p for n, f, p in zip(names, found, published)},
+        "counts": counts,
+        "paper": paper,
+        "difference": {name: counts[name] - paper[name] for name in counts},
     }
     write_folder(folder, items, rows, about)
     return about
@@ -777,10 +772,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         about = prepare(args, folder)
     except OSError as e:
-        raise DatasetError(
-            f"{e.filename or args.raw_dir}: {e.strerror or e}; make room or choose "
-            "another --raw-dir or --data-dir, then run the same command again"
-        ) from e
+        advice = "make room or choose another --raw-dir or --data-dir, then run the same command again"
+        where = e.filename or args.raw_dir
+        raise DatasetError(f"{where}: {e.strerror or e}; {advice}") from e
     for name, count in about["counts"].items():
         print(f"{name} {count:,} (paper {about['paper'][name]:,})")
     where = f" --data-dir {folder}" if args.data_dir else ""
