@@ -127,8 +127,7 @@ class Dataset:
     rating: np.ndarray  # [N] 1 to 5
     time: np.ndarray  # [N] ms
     simulated: bool = False
-    # [N, items] the simulator's true utilities at each choice (oracle only)
-    utility: np.ndarray | None = None
+    utility: np.ndarray | None = None  # [N, items] true, at each choice (oracle only)
     notes: list[str] = field(default_factory=list)  # what was skipped while reading
     splits: dict[str, "Samples"] = field(default_factory=dict)
 
@@ -227,10 +226,8 @@ def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
     Every interaction with at least `min_history` earlier ones is a sample. The 80% are cut once more: their first
     seven eighths ("fit") only fit SASRec and the tools' statistics, the last eighth trains the agent.
     """
-    parts = []
-    for rows in ds.by_user:
-        time = ds.time[rows]
-        parts.append(rows[np.searchsorted(time, time) >= min_history])
+    t = ds.time  # a time's place among its user's is how many are earlier
+    parts = [r[np.searchsorted(t[r], t[r]) >= min_history] for r in ds.by_user]
     rows = np.sort(np.concatenate(parts))
     n = len(rows)
     if n < 40:
@@ -275,10 +272,9 @@ CATEGORIES = list(dict.fromkeys(category for _, category, *_ in SHELVES))
 BRANDS = "Norvik Kallo Bexley Tamaro Ostia Quill Merino Zephyr Halden Ivory Jasper Lumen Pavo Rivet Sable Umber"
 ADJECTIVES = "Fine Bold Mini Grand Classic Matte Clear Blue Red Green Grey Slim Heavy Eco Pro Soft Quick Duo Prime Basic"
 STYLES, BANDS = 8, 4  # hidden styles of items; price bands
-# what can drive a simulated user, in the order of the next two lines
+# what can drive a simulated user; the utility of a full match; how often it is the main driver
 EVIDENCE = "brand", "project", "price", "complement", "taste", "rating"
-STRENGTH = np.array([7.0, 6.5, 5.5, 8.0, 5.5, 6.5])  # utility of a full match
-# how often each is the main driver
+STRENGTH = np.array([7.0, 6.5, 5.5, 8.0, 5.5, 6.5])
 FREQUENCY = np.array([0.4, 0.26, 0.03, 0.14, 0.05, 0.12])
 DAY = 86_400_000
 LENGTH = (8, 16)
@@ -646,10 +642,8 @@ def clean(text: object) -> str:
     return one_line(html.unescape(text)) if isinstance(text, str) else ""
 
 
-def usable_items(
-    path: pathlib.Path, needed: set[str], keep_unpriced: bool
-) -> tuple[dict[str, dict], Counter]:
-    """Rows of items.jsonl for those of the `needed` ids that pass, and how many do not by reason."""
+def usable_items(path: pathlib.Path, needed: set, unpriced: bool) -> tuple[dict, dict]:
+    """Rows of items.jsonl for those of the `needed` ids that pass (the `unpriced` too), and how many do not by reason."""
     items, missing, dropped = {}, set(needed), Counter()
     for _, row in json_rows(path):
         key = str(row["parent_asin"])
@@ -661,7 +655,7 @@ def usable_items(
         listed = listed if isinstance(listed, list) else []
         if len(title) < 2 or len(title.split()) > TITLE_WORDS or "<span id" in title:
             dropped["items without a usable title"] += 1
-        elif price is None and not keep_unpriced:
+        elif price is None and not unpriced:
             dropped["items without a numeric price"] += 1
         else:
             items[key] = {
@@ -678,9 +672,7 @@ def usable_items(
     return items, dropped
 
 
-def write_folder(
-    folder: pathlib.Path, items: dict[str, dict], rows: list[tuple], about: dict
-) -> None:
+def write_folder(folder: pathlib.Path, items: dict, rows: list, about: dict) -> None:
     """Write and load the dataset beside `folder`, then rename: a half-written one never gets the name."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -750,8 +742,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
     return about
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Prepare Amazon Reviews 2023.")
     add = parser.add_argument
     add("name", choices=list(AMAZON), help="one of the paper's four subsets")
@@ -761,11 +752,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--min-date", default="2022-10-01", help="first day (default: the paper's)")
     add("--max-date", default="2023-10-01", help="day after the last (the paper's)")
     add("--keep-unpriced", action="store_true", help="keep items without a price")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     folder = pathlib.Path(args.data_dir or home() / args.name)
     if os.path.lexists(folder):
         raise DatasetError(f"{folder} exists; move it away to prepare it again")
