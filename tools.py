@@ -12,15 +12,15 @@ alone; that finds complements as well as look-alikes.
 import difflib
 import json
 import pathlib
-import unicodedata
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from os.path import commonprefix
 
 import numpy as np
 
-from data import Dataset, Item, Sample, history, read_jsonl
+from data import Dataset, Sample, history, one_line, read_jsonl
 from sasrec import SASRec
 
 MAX_OBSERVATION = 900  # characters; longer text is cut and says so
@@ -59,12 +59,7 @@ def digits(scores: np.ndarray) -> np.ndarray:
 
 def inert(text: str, limit: int = 60) -> str:
     """Text from data made harmless: no tag can open or close, one line, no control characters, at most `limit` long."""
-    text = text[: 4 * limit].translate({60: "‹", 62: "›", 92: "/"})
-    text = "".join(
-        c if c.isprintable() and unicodedata.category(c)[0] != "C" else " "
-        for c in text
-    )
-    text = " ".join(text.split())
+    text = one_line(text[: 4 * limit].translate({60: "‹", 62: "›", 92: "/"}))
     return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + "…"
 
 
@@ -110,15 +105,13 @@ class Context:
         ds = self.ds
         kinds = [i.category or i.store or "" for i in ds.items]
         self.kind_names, self.kind = np.unique(kinds, return_inverse=True)
+        self.kind_titles = [inert(name, 24) or "unknown" for name in self.kind_names]
         brands = [i.store or "" for i in ds.items]
         self.brand = np.unique(brands, return_inverse=True)[1]
-        self.log_price = np.array(
-            [np.log(i.price) if i.price else np.nan for i in ds.items]
-        )
+        self.log_price = np.log([i.price or np.nan for i in ds.items])
         self.titles = [inert(i.title, self.title_limit) for i in ds.items]
-        self._shown: dict[str, int] = {}
-        for i, title in enumerate(self.titles):
-            self._shown.setdefault(title.casefold(), i)
+        numbered = reversed([*enumerate(self.titles)])  # of equal titles the first
+        self._shown = {title.casefold(): i for i, title in numbered}
         self._fit_transitions()
         self._take_snapshots()
         # SASRec's unit state after every interaction, users one after the other
@@ -212,10 +205,8 @@ def shares(values: list[str], most: int = 2) -> str:
     known = [v for v in values if v]
     if not known:
         return "unknown"
-    return " ".join(
-        f"{inert(v, 24)} {100 * n // len(values)}%"
-        for v, n in Counter(known).most_common(most)
-    )
+    top = Counter(known).most_common(most)
+    return " ".join(f"{inert(v, 24)} {100 * n // len(values)}%" for v, n in top)
 
 
 def dollars(price: float) -> str:
@@ -247,7 +238,7 @@ def get_session_behavior(ctx: Context, sample: Sample) -> Observation:
     # older ones count less; a lift of 1 is no evidence and scores 0.5
     drift = sum(0.7**i * np.log(ctx.lift(k)) for i, k in enumerate(recent))
     scores = 1 / (1 + np.exp(-1.5 * drift[ctx.kind[list(sample.candidates)]]))
-    moved = " > ".join(inert(ctx.kind_names[k], 24) or "unknown" for k in kinds[-4:])
+    moved = " > ".join(ctx.kind_titles[k] for k in kinds[-4:])
     return Observation(f"recent {moved}", scores)
 
 
@@ -255,18 +246,11 @@ def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
     """The user's items by rating; candidates score by how well their category was rated (0.5: not known)."""
     rows = history(ctx.ds, sample, None)
     kinds, ratings = ctx.kind[ctx.ds.item[rows]], ctx.ds.rating[rows]
-    bands = {
-        "high": ratings >= 4,
-        "middle": (ratings > 2) & (ratings < 4),
-        "low": ratings <= 2,
-    }
-    parts = []
-    for name, mask in bands.items():
-        names = [
-            inert(ctx.kind_names[k], 24)
-            for k, _ in Counter(kinds[mask].tolist()).most_common(3)
-        ]
-        parts.append(f"{name} {', '.join(n or 'unknown' for n in names) or 'none'}")
+    high, low, parts = ratings >= 4, ratings <= 2, []
+    for band, mask in ("high", high), ("middle", ~high & ~low), ("low", low):
+        top = Counter(kinds[mask].tolist()).most_common(3)
+        names = ", ".join(ctx.kind_titles[k] for k, _ in top)
+        parts.append(f"{band} {names or 'none'}")
     n_kinds = len(ctx.kind_names)
     # 3.4 counts as neutral, for most ratings are high; dividing by count + 1 steadies the mean of a few
     total = np.bincount(kinds, ratings - 3.4, minlength=n_kinds)
@@ -277,21 +261,13 @@ def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
 
 def candidates_analyze(ctx: Context, sample: Sample) -> Observation:
     """The candidates grouped by category and price band; scored by how usual their price is for this user."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[str]] = defaultdict(list)
     for number, c in enumerate(sample.candidates, 1):
         item = ctx.ds.items[c]
-        band = (
-            ""
-            if item.price is None
-            else "$" * (1 + int(np.searchsorted([5, 12, 30], item.price)))
-        )
-        groups.setdefault(
-            f"{inert(item.category or 'category unknown', 24)} {band}".strip(), []
-        ).append(number)
-    text = "; ".join(
-        f"{name}: {' '.join(map(str, numbers))}"
-        for name, numbers in sorted(groups.items())
-    )
+        category, price = inert(item.category or "category unknown", 24), item.price
+        band = "" if price is None else "$" * (1 + bisect_left((5, 12, 30), price))
+        groups[f"{category} {band}".strip()].append(str(number))
+    text = "; ".join(f"{name}: {' '.join(ns)}" for name, ns in sorted(groups.items()))
     paid = ctx.log_price[ctx.ds.item[history(ctx.ds, sample, None)]]
     offered = ctx.log_price[list(sample.candidates)]
     if np.isnan(paid).all() or np.isnan(offered).all():
@@ -329,10 +305,8 @@ def get_similar_users(ctx: Context, sample: Sample) -> Observation:
     for u, w in zip(seen[near], weight):
         np.add.at(bought, ds.item[ds.before(u, sample.time)[-6:]], w)
     top = best(bought, 2)
-    return Observation(
-        "bought " + "; ".join(ctx.title(i) for i in top),
-        log_rank(bought, sample.candidates),
-    )
+    text = "bought " + "; ".join(ctx.title(i) for i in top)
+    return Observation(text, log_rank(bought, sample.candidates))
 
 
 def item_info_search(ctx: Context, sample: Sample, item_name: str) -> Observation:
@@ -340,15 +314,15 @@ def item_info_search(ctx: Context, sample: Sample, item_name: str) -> Observatio
     item = ctx.find(sample, item_name)
     if item is None:
         raise ToolError(f"no item is named {inert(item_name)!r}", malformed=False)
-    found: Item = ctx.ds.items[item]
+    found = ctx.ds.items[item]
+    category = inert(found.category or "category unknown", 24)
+    price = "price unknown" if found.price is None else dollars(found.price)
+    stars = found.average_rating
+    rated = "rating unknown" if stars is None else f"rated {stars}"
     counts, _ = ctx.as_of(sample.time)
     percent = int(100 * (counts <= counts[item]).mean())
-    return Observation(
-        ctx.meant(item, item_name)
-        + f"{inert(found.category or 'category unknown', 24)}; "
-        f"{'price unknown' if found.price is None else dollars(found.price)}; "
-        f"{'rating unknown' if found.average_rating is None else f'rated {found.average_rating}'}; as popular as {percent}%"
-    )
+    text = f"{category}; {price}; {rated}; as popular as {percent}%"
+    return Observation(ctx.meant(item, item_name) + text)
 
 
 @dataclass(frozen=True)
@@ -365,12 +339,8 @@ class Tool:
 
     def schema(self) -> dict:
         """JSON schema in the form chat templates expect."""
-        properties = {self.argument: {"type": "string"}} if self.argument else {}
-        parameters = {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-        }
+        takes = {self.argument: {"type": "string"}} if self.argument else {}
+        parameters = {"type": "object", "properties": takes, "required": list(takes)}
         return {
             "name": self.name,
             "description": self.description,
@@ -378,31 +348,15 @@ class Tool:
         }
 
 
-TOOLS = {
-    tool.name: tool
-    for tool in (
-        Tool(
-            get_user_profile,
-            "The user's long-term taste: brands, categories, usual price.",
-        ),
-        Tool(
-            item_info_search,
-            "Category, price, rating and popularity of one item.",
-            "item_name",
-        ),
-        Tool(
-            candidates_analyze,
-            "The candidates grouped by category and price band, and how usual their prices are.",
-        ),
-        Tool(get_session_behavior, "How the user's recent interests moved."),
-        Tool(
-            get_rating_behavior,
-            "The user's past items grouped by high, middle and low rating.",
-        ),
-        Tool(get_similar_items, "Items that go with a given one.", "item_title"),
-        Tool(get_similar_users, "What users with similar behaviour bought recently."),
-    )
-}
+TOOLS = {tool.name: tool for tool in (
+    Tool(get_user_profile, "The user's long-term taste: brands, categories, usual price."),
+    Tool(item_info_search, "Category, price, rating and popularity of one item.", "item_name"),
+    Tool(candidates_analyze, "The candidates grouped by category and price band, and how usual their prices are."),
+    Tool(get_session_behavior, "How the user's recent interests moved."),
+    Tool(get_rating_behavior, "The user's past items grouped by high, middle and low rating."),
+    Tool(get_similar_items, "Items that go with a given one.", "item_title"),
+    Tool(get_similar_users, "What users with similar behaviour bought recently."),
+)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ parsing and running
@@ -426,16 +380,13 @@ def parse_call(text: str, allowed: tuple[str, ...]) -> Call:
         raise ToolError('expected {"name": ..., "arguments": {...}}')
     name, arguments = call["name"], call.get("arguments", {})
     if name not in allowed:
-        raise ToolError(
-            f"unknown tool {inert(name, 40)!r}; tools: {', '.join(allowed)}"
-        )
-    wanted = {TOOLS[name].argument} - {None}
-    if not isinstance(arguments, dict) or set(arguments) != wanted:
-        raise ToolError(f"{name} takes {' '.join(wanted) or 'no arguments'}")
+        known = ", ".join(allowed)
+        raise ToolError(f"unknown tool {inert(name, 40)!r}; tools: {known}")
+    wanted = TOOLS[name].argument
+    if not isinstance(arguments, dict) or set(arguments) != {wanted} - {None}:
+        raise ToolError(f"{name} takes {wanted or 'no arguments'}")
     if not all(isinstance(v, str) and len(v) <= 500 for v in arguments.values()):
-        raise ToolError(
-            f"{name}: {' '.join(wanted)} must be a string of at most 500 characters"
-        )
+        raise ToolError(f"{name}: {wanted} must be a string of at most 500 characters")
     return Call(name, arguments)
 
 
