@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from data import Dataset
@@ -31,15 +33,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            self.qkv(self.norm1(x))
-            .view(B, T, 3, self.heads, C // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each B, H, T, D, like y
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=p
-        )  # B, H, T, D
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
         x = x + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), p)
         return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), p)
 
@@ -47,14 +44,7 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """States of item sequences; ids are 1 to n_items, 0 pads at the end."""
 
-    def __init__(
-        self,
-        n_items: int,
-        dim: int = 64,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.3,
-    ):
+    def __init__(self, n_items: int, dim=64, layers=2, heads=2, dropout=0.3):
         super().__init__()
         self.dropout = dropout
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=0)
@@ -66,10 +56,8 @@ class SASRec(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[B, T] ids to [B, T, C] states; state t has seen items 0 to t only."""
-        x = (
-            self.items(ids) * self.items.embedding_dim**0.5
-            + self.positions.weight[: ids.shape[1]]
-        )
+        x = self.items(ids) * self.items.embedding_dim**0.5
+        x = x + self.positions.weight[: ids.shape[1]]
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
@@ -82,11 +70,9 @@ class SASRec(nn.Module):
         for a in range(0, len(sequences), 512):
             part = sequences[a : a + 512]
             lengths = torch.tensor([min(len(s), MAX_LEN) for s in part])
-            h = self(pad(part))
-            out[a : a + 512] = (
-                h[torch.arange(len(part)), (lengths - 1).clamp(min=0)]
-                * (lengths > 0)[:, None]
-            )
+            last = (lengths - 1).clamp(min=0)
+            h = self(pad(part))[torch.arange(len(part)), last]
+            out[a : a + 512] = h * (lengths > 0)[:, None]
         return out
 
     @torch.no_grad()
@@ -125,20 +111,10 @@ def pad(sequences: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(ids)
 
 
-def user_sequences(ds: Dataset, end: int) -> list[np.ndarray]:
-    """Every user's items strictly before time `end` (ms), oldest first."""
-    return [ds.item[ds.before(u, end)] for u in range(len(ds.users))]
-
-
-def train_sasrec(
-    ds: Dataset,
-    end: int,
-    seed: int = 0,
-    epochs: int | None = None,
-    progress: str | None = None,
-) -> SASRec:
-    """Fit SASRec on interactions strictly before time `end` (ms); `progress` titles a progress bar."""
-    sequences = [s[-MAX_LEN - 1 :] for s in user_sequences(ds, end) if len(s) > 1]
+def train_sasrec(ds: Dataset, end: int, seed=0, epochs=None, progress=None) -> SASRec:
+    """Fit SASRec on interactions strictly before time `end` (ms); fewer `epochs` (None) for sparse data; `progress` titles a bar."""
+    histories = [ds.before(user, end) for user in range(len(ds.users))]
+    sequences = [ds.item[h[-MAX_LEN - 1 :]] for h in histories if len(h) > 1]
     if epochs is None:  # 20 is best on the bundled world; sparse data overfits sooner
         epochs = 20 if len(sequences) * 8 > len(ds.items) else 10
     with torch.random.fork_rng(devices=[]):
@@ -146,15 +122,12 @@ def train_sasrec(
         model = SASRec(len(ds.items))
         if not sequences:  # nobody has bought twice
             return model.eval()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-        total = epochs * -(-len(sequences) // 128)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 2e-3, total_steps=max(total, 2)
-        )
+        optimizer = AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+        steps = max(2, epochs * -(-len(sequences) // 128))
+        schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for _ in tqdm(range(epochs), progress, unit="epoch", disable=progress is None):
             for batch in torch.randperm(len(sequences)).split(128):
-                ids = pad([sequences[i] for i in batch])
-                loss = next_item_loss(model, ids)
+                loss = next_item_loss(model, pad([sequences[i] for i in batch]))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
