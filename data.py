@@ -471,10 +471,10 @@ def read_items(path: pathlib.Path) -> dict[str, Item]:
 
 def item_fault(row: dict, items: dict[str, Item]) -> str | None:
     """What is wrong with a row after `items`, and what to do; None for a good one."""
-    key = str(row["parent_asin"])
+    key, title = str(row["parent_asin"]), str(row.get("title") or "")
     if key in items:
         return f"parent_asin {key!r:.40} appears a second time; keep one line of it"
-    if not one_line(str(row.get("title") or "")):
+    if not any(c.isprintable() and not c.isspace() for c in title):
         return "field title is empty; give every item a title or drop its line"
     for name, (kind, wanted) in OPTIONAL.items():
         if value := row.get(name):
