@@ -1,14 +1,14 @@
 """The variants of the README's experiments: train what is missing, then print each against the default, paired.
 
-    python tests/experiments.py --run default std token-mean        # three seeds each, two runs at a time
+    python tests/experiments.py --run default 'no bonus' 'G 16'       # three seeds each, two runs at a time
     python tests/experiments.py                                      # the table of what is there, nothing is trained
     python tests/experiments.py --into experiments                   # puts it between its marks in README.md
 
 Run by hand (a run takes 3 to 10 minutes of one core). What each run's agent did with every test sample is kept in
-experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each variant changes one thing of its `reference`: those of STAGE_1
-train stage 1 alone, those of STAGE_2 start from the default run's stage 1. A difference is taken for each test sample with
-the same seed's reference, averaged over the seeds; its 95% interval resamples users. --dataset and --model ask the same
-of other data or another agent.
+experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each
+variant changes one thing of its `reference`: those of STAGE_1 train stage 1 alone, those of STAGE_2 start from the
+default run's stage 1. A difference is taken for each test sample with the same seed's reference, averaged over the seeds;
+its 95% interval resamples users. --dataset and --model ask the same of other data or another agent.
 """
 
 import argparse
