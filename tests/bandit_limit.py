@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/bandit_limit.py        # two minutes on one core
 
-A table stands in for the agent: for each tool the chance of a call, and of low, medium and high trust in it (26 numbers, not
+A table stands in for the agent: for each tool the chance of a call, and of low, medium and high trust in it (28 numbers, not
 2.6 million). It cannot write an invalid answer or add up wrongly: the ranking sorts by the sum of trust x digit, as the
 warm-up's demonstrations do. Samples, observations, reward (Eq. 1), advantages (Eq. 6), temperature and steps are those of
 `python train.py`; the learning rate is the best of three on the validation split. What this table does not reach in a
