@@ -1,13 +1,13 @@
 """What can feedback on whole rankings teach in so many trajectories? Stage 1 without a language model.
 
-    PYTHONPATH=. python tests/bandit_limit.py        # two minutes on one core
+    PYTHONPATH=. python tests/bandit_limit.py        # four minutes on one core
 
-A table stands in for the agent: for each tool the chance of a call, and of low, medium and high trust in it (28 numbers, not
-2.6 million). It cannot write an invalid answer or add up wrongly: the ranking sorts by the sum of trust x digit, as the
-warm-up's demonstrations do. Samples, observations, reward (Eq. 1), advantages (Eq. 6), temperature and steps are those of
-`python train.py`; the learning rate is the best of three on the validation split. What this table does not reach in a
-number of trajectories, the bundled agent will not reach either; `learned_fusion` is told the positive of every sample
-instead of a reward for a sampled ranking. Printed: N@10 of the likeliest choices on the 1,000 test samples of the README's results, ten seeds each.
+A table stands in for the agent: for each tool the chance of no call and of low, medium and high trust in it (28 numbers,
+not 2.6 million), the same for all users. It cannot write an invalid answer or add up wrongly: the ranking sorts by the sum
+of trust x digit, as the warm-up's demonstrations do. Samples, observations, reward (Eq. 1), advantages (Eq. 6) and
+temperature are those of `python train.py`; the learning rate is the best of three on the validation split. Beside it
+`learned_fusion`, which is told the positive of every sample instead of a reward for a sampled ranking. Printed: N@10 of
+the likeliest choices on the 1,000 test samples of the README's results, ten seeds each.
 """
 
 import numpy as np
