@@ -557,7 +557,7 @@ def demonstrate(
     trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
     to learning. There are 0 to `max_calls` calls, at least one for a pair; of the `hasty` rankings half are given at once and
     half after one call less at most, which may be none. Whatever follows from these choices is always the same: chance there
-    would only be noise to learn.
+    would only be noise to learn. An agent that has no tools ranks at random: all of it is left to learning.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
@@ -569,6 +569,8 @@ def demonstrate(
         names = rng.choice(allowed, len(names))
     n_candidates = len(task.sample.candidates)
     total, first = np.zeros(n_candidates, int), np.arange(n_candidates)
+    if not allowed:
+        first = rng.permutation(n_candidates)
     weight = 0
     for name in map(str, names):
         trust = str(rng.choice(list(TRUST)))

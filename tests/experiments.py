@@ -4,7 +4,7 @@
     python tests/experiments.py                                      # the table of what is there, nothing is trained
     python tests/experiments.py --into experiments                   # puts it between its marks in README.md
 
-Run by hand (a run takes 3 to 10 minutes of one core). What each run's agent did with every test sample is kept in
+Run by hand (a run takes 5 to 10 minutes of one core). What each run's agent did with every test sample is kept in
 experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each
 variant changes one thing of its `reference`: those of STAGE_1 train stage 1 alone, those of STAGE_2 start from the
 default run's stage 1. A difference is taken for each test sample with the same seed's reference, averaged over the seeds;
@@ -32,7 +32,9 @@ from rollout import Task
 
 STAGE_1 = {
     "default": "",
-    "no tools": "--no-tools",  # which samples the answer too: nothing else is left
+    # samples the answer too, for nothing else is left; start from an agent made by train.py --stage warmup --no-tools:
+    # the bundled one always ranks 1, 2, 3, ... if it may not look anything up, and such groups have no gradient
+    "no tools": "--no-tools",
     "G 2": "--group-size 2 --batch 48",
     "G 4": "--group-size 4 --batch 24",
     "G 16": "--group-size 16 --batch 6",
@@ -76,9 +78,9 @@ def folder(args, name: str, seed: int) -> pathlib.Path:
 
 
 def train(args, name: str, seed: int) -> None:
-    """One run, continued if it was interrupted; nothing if it is done."""
+    """One run, continued if it was interrupted, and its evaluation; nothing if that is done."""
     out = folder(args, name, seed)
-    if (out / "eval.json").exists():
+    if in_folder(args, name, seed):
         return
     if (out / "metrics.jsonl").exists():
         flags = ["--resume", str(out)]
@@ -86,6 +88,7 @@ def train(args, name: str, seed: int) -> None:
         flags = ["--dataset", args.dataset, "--out", str(out), "--overwrite"]
         flags += ["--data-dir", args.data_dir] if args.data_dir else []
         flags += ["--test-samples", str(args.samples)]
+        flags += ["--no-eval"] if name != "default" else []
         if name == "more of stage 1":  # on other samples than the first time
             flags += ["--seed", str(seed + 10)]
         else:
@@ -97,22 +100,30 @@ def train(args, name: str, seed: int) -> None:
             flags += ["--model", args.model] if args.model else []
             flags += ["--stage", "rta"] if name != "default" else []
         flags += (STAGE_1 | STAGE_2)[name].split()
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    evaluation = [str(out), "--rows", trained(name), "--samples", str(args.samples)]
     with open(f"{out}.log", "a") as log:
-        how = {"stdout": log, "stderr": log, "env": one_thread}
-        done = subprocess.run(command, check=False, **how)
-    print(out, f"failed, see {out}.log" if done.returncode else "done", flush=True)
+        ok = script(log, "train.py", *flags) and script(log, "eval.py", *evaluation)
+    print(out, "done" if ok else f"failed, see {out}.log", flush=True)
+
+
+def script(log, *command: str) -> bool:
+    """Run one of the repository's scripts with one thread; whether it went well."""
+    how = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    command = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    return subprocess.run(command, check=False, **how).returncode == 0
+
+
+def trained(name: str) -> str:
+    """eval.py's name for the agent that a variant trains."""
+    if name == "no tools":
+        return "r"
+    return "ppr" if name in STAGE_2 and "rta" not in STAGE_2[name] else "rta"
 
 
 def in_folder(args, name: str, seed: int) -> list[dict] | None:
     """What eval.py kept of the trained agent on the test samples, in their order; None if there is no such run."""
     out = folder(args, name, seed)
-    if not (out / "eval.json").exists():
-        return None
-    stage = "ppr" if name in STAGE_2 and "rta" not in STAGE_2[name] else "rta"
-    stage = "r" if name == "no tools" else stage
-    for file in (out / "rows").glob(f"{stage}-*.jsonl"):  # one for each setting
+    for file in (out / "rows").glob(f"{trained(name)}-*.jsonl"):  # one for each setting
         kept = {x["task"]: x for x in read_jsonl(file)}
         if all(task_key(Task(s)) in kept for s in args.tested):
             return [kept[task_key(Task(s))] for s in args.tested]
@@ -190,13 +201,13 @@ def main() -> None:
     unknown = [x for x in names if x not in known]
     if unknown:
         parser.error(f"{unknown[0]}: not one of {', '.join(known)}")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for part in ("default", *STAGE_1), STAGE_2:  # stage 2 starts from the default
-            jobs = [(x, s) for x in part for s in args.seeds if x in names]
-            list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
     test = load_dataset(args.dataset, args.data_dir).splits["test"]
     order = np.random.default_rng(0).permutation(len(test))[: args.samples]
     args.tested = [test[i] for i in order]  # those of eval.py
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for part in ("default", *STAGE_1), STAGE_2:  # stage 2 starts from the default
+            jobs = [(x, s) for x in names if x in part for s in args.seeds]
+            list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
     args.kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     text = table(args)
     KEPT.write_text(json.dumps(args.kept, indent=1) + "\n")

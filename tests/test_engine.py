@@ -313,8 +313,14 @@ def test_demonstrations_call_only_the_tools_that_the_flags_leave(policy, ctx):
     for sample in ctx.ds.splits["train"][:20]:
         t = demonstrate(policy, ctx, Task(sample), 10, rng, allowed=allowed)
         assert {call.name for call in t.calls} <= set(allowed)
-        rng_none = np.random.default_rng(sample.id)
-        assert not demonstrate(policy, ctx, t.task, 10, rng_none, allowed=()).calls
+
+
+def test_demonstrations_without_tools_rank_at_random(policy, ctx):
+    rng, task = np.random.default_rng(0), Task(ctx.ds.splits["train"][0])
+    shown = [demonstrate(policy, ctx, task, 10, rng, allowed=()) for _ in range(300)]
+    assert all(t.valid and not t.calls for t in shown)
+    firsts = np.bincount([t.answer[0] for t in shown], minlength=21)[1:]
+    assert firsts.min() > 3 and firsts.max() < 32  # 15 each on average
 
 
 def test_tokens_do_not_depend_on_slots_or_neighbours(policy, ctx):
