@@ -80,15 +80,15 @@ def folder(args, name: str, seed: int) -> pathlib.Path:
 def train(args, name: str, seed: int) -> None:
     """One run, continued if it was interrupted, and its evaluation; nothing if that is done."""
     out = folder(args, name, seed)
-    if in_folder(args, name, seed):
+    parts = [name, "stage 2"] if name == "default" else [name]
+    if all(in_folder(args, part, seed) for part in parts):
         return
     if (out / "metrics.jsonl").exists():
         flags = ["--resume", str(out)]
     else:
         flags = ["--dataset", args.dataset, "--out", str(out), "--overwrite"]
         flags += ["--data-dir", args.data_dir] if args.data_dir else []
-        flags += ["--test-samples", str(args.samples)]
-        flags += ["--no-eval"] if name != "default" else []
+        flags += ["--test-samples", str(args.samples), "--no-eval"]
         if name == "more of stage 1":  # on other samples than the first time
             flags += ["--seed", str(seed + 10)]
         else:
@@ -100,7 +100,8 @@ def train(args, name: str, seed: int) -> None:
             flags += ["--model", args.model] if args.model else []
             flags += ["--stage", "rta"] if name != "default" else []
         flags += (STAGE_1 | STAGE_2)[name].split()
-    evaluation = [str(out), "--rows", trained(name), "--samples", str(args.samples)]
+    evaluation = [str(out), "--samples", str(args.samples)]
+    evaluation += ["--rows", *map(trained, parts)]
     with open(f"{out}.log", "a") as log:
         ok = script(log, "train.py", *flags) and script(log, "eval.py", *evaluation)
     print(out, "done" if ok else f"failed, see {out}.log", flush=True)
@@ -198,6 +199,7 @@ def main() -> None:
     args.runs.mkdir(exist_ok=True)
     known = [*STAGE_1, *STAGE_2]
     names = known if args.run == ["all"] else args.run
+    names = ["default" if x == "stage 2" else x for x in names]  # the same run
     unknown = [x for x in names if x not in known]
     if unknown:
         parser.error(f"{unknown[0]}: not one of {', '.join(known)}")
@@ -205,7 +207,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(test))[: args.samples]
     args.tested = [test[i] for i in order]  # those of eval.py
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for part in ("default", *STAGE_1), STAGE_2:  # stage 2 starts from the default
+        for part in STAGE_1, STAGE_2:  # stage 2 starts from the default
             jobs = [(x, s) for x in names if x in part for s in args.seeds]
             list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
     args.kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
