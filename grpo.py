@@ -5,7 +5,9 @@ rewards, R_g's own included. The gradient estimate is  1/G sum_g (R_g - b) grad 
 log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G times the true gradient (Prop. 1).
 
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
-reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero.
+reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
+--greedy-answer an answer's tokens are no chance and have no policy gradient, so that nothing holds them to their form
+while all else moves: in groups where some answers are valid and some not, they get the advantage of being valid.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
@@ -80,6 +82,7 @@ class Objective:
     divide_by_std: bool = False
     token_mean: bool = False  # mean instead of sum over a trajectory's tokens
     drop_negative: bool = True  # dynamic sampling: groups of negative rewards only
+    teach_form: bool = True  # greedy answers: deviation 3 above
 
 
 def policy_gradient(
@@ -108,12 +111,15 @@ def policy_gradient(
     own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
     rows, weights, old = [], [], []
     for p in telling[own]:
-        for t, advantage in zip(groups[p], advantages[p]):
-            mask = t.chance_mask
-            n_actions = sum(mask)
+        valid = np.array([t.valid for t in groups[p]])
+        form = (valid - valid.mean()) * objective.teach_form
+        for t, *values in zip(groups[p], advantages[p], form):
+            chance = t.chance_mask
+            mask = t.action_mask if values[1] else chance
+            n_actions = sum(mask) if objective.token_mean else 1
+            of_chance, of_greedy = (float(x) / n_actions for x in values)
             rows.append(TrainRow(int(p), t.ids, mask))
-            share = float(advantage) / (n_actions if objective.token_mean else 1)
-            weights += [share] * n_actions
+            weights += [of_chance if c else of_greedy for c, m in zip(chance, mask) if m]
             old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}

@@ -204,8 +204,10 @@ def backward(run: Run, groups: list[list[Trajectory]]) -> dict:
         groups = [group for group in groups if not group[0].task.pair]
         metrics |= bound_gradient(policy, pairs, micro_tokens, score) if pairs else {}
     if groups:
-        drop = not args.keep_negative_groups
-        objective = Objective(args.baseline, args.divide_by_std, args.token_mean, drop)
+        objective = Objective(
+            args.baseline, args.divide_by_std, args.token_mean,
+            not args.keep_negative_groups, args.teach_form,
+        )  # fmt: skip
         metrics |= policy_gradient(
             policy, groups, objective, args.temperature, micro_tokens, score
         )
@@ -709,6 +711,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("group-size", int, (8, 8), "trajectories a prompt, G"),
     ("temperature", float, (0.6, 0.6), "of sampling"),
     ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
+    ("teach-form", bool, True, "greedy answers learn from the invalid ones"),
     ("max-new-tokens", int, (640, 6144), "of a trajectory with its observations"),
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to so many characters"),

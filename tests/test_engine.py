@@ -14,7 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as model_module
 import rollout as rollout_module
-from grpo import accumulate, policy_gradient
+from grpo import Objective, accumulate, policy_gradient
 from model import (
     LoRA,
     RaggedBatch,
@@ -68,7 +68,7 @@ def exact_norm(self, x):
 
 def gradient(policy, value):
     policy.model.zero_grad()
-    value.backward()
+    value.backward(retain_graph=True)
     return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
 
 
@@ -235,7 +235,7 @@ def scripted(policy, ctx, monkeypatch, seed=3):
 CALL = '<answer><tool_call>{"name": "get_user_profile", "arguments": {}}</tool_call>'
 
 
-def test_only_the_answer_is_greedy_and_it_gets_no_gradient(policy, ctx, monkeypatch):
+def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(policy, ctx, monkeypatch):
     """A call that mentions <answer>, then an opened answer after which the policy writes what it likes."""
     call, scripts = policy.encode(CALL), {}
 
@@ -263,9 +263,11 @@ def test_only_the_answer_is_greedy_and_it_gets_no_gradient(policy, ctx, monkeypa
         policy, ctx, tasks, group_size=2, temperature=1.5, greedy_answer=True,
         max_new_tokens=360,
     )  # fmt: skip
+    assert not any(t.valid for group in groups for t in group)
+    groups[1][0].answer = [*range(1, 11)]  # the others' form is what it has to teach
     opening, first = policy.encode("<answer>")[0], len(call)
-    total = 0.0
-    for group in groups:
+    total = taught = 0.0
+    for group, form in zip(groups, (0.0, 0.5)):
         for sign, t in zip((1, -1), group):
             t.reward = 0.5 + 0.5 * sign
             again = t.ids.index(opening, first)
@@ -279,13 +281,15 @@ def test_only_the_answer_is_greedy_and_it_gets_no_gradient(policy, ctx, monkeypa
             written = logits[answer].gather(1, ids[0, len(t.prompt) :][answer, None])
             assert (written[:, 0] > logits[answer].amax(-1) - 1e-4).all()
             logprobs = torch.log_softmax(logits / 1.5, -1)
-            chosen = logprobs[range(len(t.ids)), t.ids][sorted(sampled)]
-            total = total - sign * 0.5 * chosen.sum() / 4
-    want = gradient(policy, total)
-    policy.model.zero_grad()
-    policy_gradient(policy, groups, temperature=1.5)
-    got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-    assert (got - want).norm() / want.norm() < 1e-4
+            chosen = logprobs[range(len(t.ids)), t.ids]
+            total = total - sign * 0.5 * chosen[sorted(sampled)].sum() / 4
+            taught = taught - sign * form * chosen[answer].sum() / 4
+    for flag, loss in (True, total + taught), (False, total):
+        want = gradient(policy, loss)
+        policy.model.zero_grad()
+        policy_gradient(policy, groups, Objective(teach_form=flag), temperature=1.5)
+        got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+        assert (got - want).norm() / want.norm() < 1e-4
 
 
 def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch):
