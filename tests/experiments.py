@@ -3,12 +3,13 @@
     python tests/experiments.py --run default 'no bonus' 'G 16'       # three seeds each, two runs at a time
     python tests/experiments.py                                      # the table of what is there, nothing is trained
     python tests/experiments.py --into experiments                   # puts it between its marks in README.md
+    python tests/experiments.py --with=--no-teach-form               # the same, all runs with these flags
 
 Run by hand (a run takes 5 to 10 minutes of one core). What each run's agent did with every test sample is kept in
 experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each
 variant changes one thing of its `reference`: those of STAGE_1 train stage 1 alone, those of STAGE_2 start from the
 default run's stage 1. A difference is taken for each test sample with the same seed's reference, averaged over the seeds;
-its 95% interval resamples users. --dataset and --model ask the same of other data or another agent.
+its 95% interval resamples users. --dataset, --model and --with ask the same of other data, another agent or other flags.
 """
 
 import argparse
@@ -44,6 +45,7 @@ STAGE_1 = {
     "no bonus": "--bonus 0",
     "negative groups kept": "--keep-negative-groups",
     "answers sampled": "--no-greedy-answer",
+    "form not taught": "--no-teach-form",
 } | {
     f"no {name}": f"--without-tool {name}"
     for name in (
@@ -74,7 +76,8 @@ def reference(name: str) -> str:
 def folder(args, name: str, seed: int) -> pathlib.Path:
     """Where a variant's run is; the default's own stage 2 is in the default run."""
     name = "default" if name == "stage 2" else name
-    return args.runs / f"{args.dataset}-{name.replace(' ', '-')}-{seed}"
+    name = "-".join([args.dataset, *args.extra.split(), *name.split(), str(seed)])
+    return args.runs / name.replace("--", "")
 
 
 def train(args, name: str, seed: int) -> None:
@@ -99,7 +102,7 @@ def train(args, name: str, seed: int) -> None:
         else:
             flags += ["--model", args.model] if args.model else []
             flags += ["--stage", "rta"] if name != "default" else []
-        flags += (STAGE_1 | STAGE_2)[name].split()
+        flags += [*args.extra.split(), *(STAGE_1 | STAGE_2)[name].split()]
     evaluation = [str(out), "--samples", str(args.samples)]
     evaluation += ["--rows", *map(trained, parts)]
     with open(f"{out}.log", "a") as log:
@@ -136,7 +139,8 @@ def lines(args, name: str, seed: int) -> dict[str, np.ndarray] | None:
 
     Kept as a digit a sample: 0 to 9, and "a" for ten.
     """
-    kept = args.kept.setdefault(f"{args.dataset}, {args.samples} samples", {})
+    setting = f"{args.dataset}, {args.samples} samples {args.extra}".strip()
+    kept = args.kept.setdefault(setting, {})
     found = in_folder(args, name, seed)
     if found:
         columns = {
@@ -192,6 +196,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="office")
     parser.add_argument("--data-dir")
     parser.add_argument("--model", help="the agent to start from")
+    flags = {"dest": "extra", "default": "", "metavar": "FLAGS"}
+    parser.add_argument("--with", **flags, help="train.py's, for every run")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--into", help="name of the mark in README.md")
