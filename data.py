@@ -224,7 +224,8 @@ def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
     """Cut the samples 80/10/10 by time into fit + train, valid and test.
 
     Every interaction with at least `min_history` earlier ones is a sample. The 80% are cut once more: their first
-    seven eighths ("fit") only fit SASRec and the tools' statistics, the last eighth trains the agent.
+    seven eighths ("fit") only fit SASRec and the tools' statistics (and occur in the warm-up's demonstrations, which
+    look at no positive), the last eighth trains the agent.
     """
     t = ds.time  # a time's place among its user's is how many are earlier
     parts = [r[np.searchsorted(t[r], t[r]) >= min_history] for r in ds.by_user]

@@ -31,7 +31,7 @@ from transformers.utils.hub import cached_file
 
 from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_main
 from grpo import ndcg, rank_of_positive
-from model import ModelError, Policy, check_device, load_policy
+from model import ModelError, Policy, check_device, find_model, load_policy
 from ppr import HardPair, pair_tasks, reward
 from rollout import ALL_TOOLS, STRATEGIES, Task, rollout, trained_tools
 from sasrec import load_sasrec
@@ -212,8 +212,8 @@ def own_tools(folder: pathlib.Path) -> tuple[str, ...]:
 def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
     """The run's, those of --models and of --agent; "frozen" is what stage 1 started from, "r" trained without tools."""
     own, tools = config["args"]["model"], own_tools(args.out)
-    folders = (args.out / "warmup", HERE / own)
-    base = str(next((folder for folder in folders if folder.is_dir()), own))
+    warmed = args.out / "warmup"
+    base = str(warmed) if warmed.is_dir() else find_model(own)
     agents = [Agent("frozen_r", base, ()), Agent("frozen", base, tools or ALL_TOOLS)]
     for stage in ("rta", "ppr"):
         if (args.out / stage).is_dir():
@@ -225,6 +225,8 @@ def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
         tools = own_tools(path.parent)
         trained_r = not tools and "r" not in [a.name for a in agents]
         name = "r" if trained_r else "model:" + "/".join(path.parts[-2:])
+        if name in [a.name for a in agents]:
+            name = f"model:{path}"
         agents.append(Agent(name, str(path), tools))
     plain = [a for a in agents if a.tools and re.match("frozen|model:", a.name)]
     for strategy in (x for x in STRATEGIES if x in args.agent and x != "react"):
@@ -593,6 +595,8 @@ def parse_args() -> argparse.Namespace:
     add("--show", type=int, metavar="N", help="print N trajectories and stop")
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
+    if args.rows and (args.probes or args.plot is not None):
+        parser.error("--probes and --plot need all rows: leave --rows out")
     numbers = [args.samples, args.show, args.probes, *args.seeds, args.temperature]
     if min(number or 0 for number in numbers) < 0:
         flags = "--samples, --show, --probes, --seeds and --temperature"
@@ -647,6 +651,9 @@ def main() -> None:
     pool, agents = ctx.ds.splits[args.split], run_agents(args, config)
     order = np.random.default_rng(0).permutation(len(pool))[: args.samples or None]
     samples = [pool[i] for i in order]
+    missing = sum(s.id not in ctx.profiles for s in samples)
+    if config["args"]["profiles"] == "llm" and missing:
+        print(f"note: {missing} of {len(samples)} users have the template's profile")
     last = next(a for name in FINAL for a in agents if a.name == name)
     if args.user or args.show:
         own = [s for s in pool if ctx.ds.users[s.user] == args.user]

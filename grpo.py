@@ -7,7 +7,7 @@ log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G t
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
 reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
 --greedy-answer an answer's tokens are no chance and have no policy gradient, so that nothing holds them to their form
-while all else moves: in groups where some answers are valid and some not, they get the advantage of being valid.
+while all else moves: where some answers of a group can be read and some not, they get the advantage of being readable.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
@@ -76,13 +76,13 @@ def group_advantages(
 
 @dataclass(frozen=True)
 class Objective:
-    """The variants of the estimator; the defaults are the paper's."""
+    """The variants of the estimator; the defaults are the paper's, and deviation 3."""
 
     baseline: str = "mean"  # or "loo"
     divide_by_std: bool = False
     token_mean: bool = False  # mean instead of sum over a trajectory's tokens
     drop_negative: bool = True  # dynamic sampling: groups of negative rewards only
-    teach_form: bool = True  # greedy answers: deviation 3 above
+    teach_form: bool = True  # to greedy answers: deviation 3 above
 
 
 def policy_gradient(
@@ -109,27 +109,30 @@ def policy_gradient(
     if not len(telling):
         return metrics | {"kl_sampler_trainer": None, "entropy": None, "loss": 0.0}
     own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
-    rows, weights, old = [], [], []
+    rows, weights, old, drawn = [], [], [], []
     for p in telling[own]:
-        valid = np.array([t.valid for t in groups[p]])
-        form = (valid - valid.mean()) * objective.teach_form
-        for t, *values in zip(groups[p], advantages[p], form):
+        readable = np.array([[t.answer is not None for t in groups[p]]], float)
+        form = group_advantages(readable, objective.baseline)[0] * objective.teach_form
+        for t, *both in zip(groups[p], advantages[p], form):
             chance = t.chance_mask
-            mask = t.action_mask if values[1] else chance
-            n_actions = sum(mask) if objective.token_mean else 1
-            of_chance, of_greedy = (float(x) / n_actions for x in values)
+            mask = t.action_mask if both[1] else chance
+            n_actions = sum(chance) if objective.token_mean else 1
+            of_chance, of_greedy = (float(x) / n_actions for x in both)
             rows.append(TrainRow(int(p), t.ids, mask))
-            weights += [of_chance if c else of_greedy for c, m in zip(chance, mask) if m]
+            own = [c for c, m in zip(chance, mask) if m]
+            weights += [of_chance if c else of_greedy for c in own]
             old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
+            drawn += own
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
     # Eq. 6: minus the gradient estimate, as the optimizer descends
     logprobs, entropies = accumulate(policy, prompts, rows, weights, denominator, **how)
     gap = logprobs - torch.tensor(old)
     loss = -(torch.tensor(weights) * logprobs).sum() / denominator
-    sums = [len(gap), (gap.exp() - 1 - gap).sum(), entropies.sum(), loss]
-    n, kl, entropy, loss = over_ranks([float(x) for x in sums])
-    found = {"kl_sampler_trainer": kl / n, "entropy": entropy / n, "loss": loss}
+    entropy = (torch.tensor(drawn) * entropies).sum()
+    sums = [len(gap), sum(drawn), (gap.exp() - 1 - gap).sum(), entropy, loss]
+    n, n_drawn, kl, entropy, loss = over_ranks([float(x) for x in sums])
+    found = {"kl_sampler_trainer": kl / n, "entropy": entropy / n_drawn, "loss": loss}
     return metrics | found
 
 

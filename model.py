@@ -232,6 +232,12 @@ def check_device(device: str) -> None:
         raise ModelError(f"--device {device} cannot be used: {why}") from e
 
 
+def find_model(name: str) -> str:
+    """A folder, else the repository's folder of that name (assets/tiny-agent), else a hub id."""
+    own = pathlib.Path(__file__).parent / name
+    return str(own) if own.is_dir() and not pathlib.Path(name).is_dir() else name
+
+
 def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Policy:
     """Load a Hugging Face folder or hub id from safetensors, weights in fp32, without remote code."""
     folder = pathlib.Path(path)

@@ -101,9 +101,9 @@ class SASRec(nn.Module):
         return states @ self.items.weight[1:].T
 
 
-def pad(sequences: list[np.ndarray]) -> torch.Tensor:
-    """The last MAX_LEN items of each sequence as ids + 1, padded with 0 at the end: [n, T]."""
-    T = max(1, min(MAX_LEN, max(len(s) for s in sequences)))
+def pad(sequences: list[np.ndarray], limit: int = MAX_LEN) -> torch.Tensor:
+    """The last `limit` items of each sequence as ids + 1, padded with 0 at the end: [n, T]."""
+    T = max(1, min(limit, max(len(s) for s in sequences)))
     ids = np.zeros((len(sequences), T), np.int64)
     for i, s in enumerate(sequences):
         s = s[-T:]
@@ -127,7 +127,8 @@ def train_sasrec(ds: Dataset, end: int, seed=0, epochs=None, progress=None) -> S
         schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for _ in tqdm(range(epochs), progress, unit="epoch", disable=progress is None):
             for batch in torch.randperm(len(sequences)).split(128):
-                loss = next_item_loss(model, pad([sequences[i] for i in batch]))
+                ids = pad([sequences[i] for i in batch], MAX_LEN + 1)
+                loss = next_item_loss(model, ids)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

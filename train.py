@@ -72,6 +72,7 @@ from model import (
     check_device,
     checkpoint_layers,
     complete,
+    find_model,
     load_policy,
     memory_need,
     memory_table,
@@ -336,7 +337,7 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
 
 
 def profile_samples(run: Run) -> list[Sample]:
-    """Whom --profiles llm is about: every sample that this run trains on, and those that eval.py draws."""
+    """Whom --profiles llm is about: every sample of stages 1 and 2, and those that eval.py draws by default."""
     args, test = run.args, run.ds.splits["test"]
     found = mined_samples(run) if args.stage in ("all", "ppr") else []
     if args.stage in ("all", "rta"):
@@ -786,7 +787,8 @@ def add_flag(group, name: str, kind, default, text: str) -> None:
 def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
-        args.model, args.warmup_steps = "new", args.warmup_steps or 1500
+        steps = args.warmup_steps
+        args.model, args.warmup_steps = "new", 1500 if steps is None else steps
         if args.exercise_steps is None:
             args.exercise_steps = args.warmup_steps // 10
     if not trained_tools(vars(args)) and args.greedy_answer is None:
@@ -815,8 +817,9 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for names, possible, reason in (
         (POSITIVE, lambda x: 0 < x < math.inf, "must be positive"),
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
-        ("group_size", lambda x: x > 1 or one, "a group's mean needs at least 2 trajectories"),
+        ("group_size", lambda x: x > 1 or one and x == 1, "a group's mean needs at least 2 trajectories"),
         ("warmup_steps", lambda x: x or not one, "--stage warmup of this agent needs a number of steps"),
+        ("warmup_steps", lambda x: not x or args.stage in ("all", "warmup"), f"--stage {args.stage} has no warm-up"),
         ("width", lambda x: x % 64 == 0, "must be a multiple of 64"),
         ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
@@ -844,9 +847,9 @@ def open_run(args: argparse.Namespace) -> Run:
         prepare(args, out, ds)
     over_ranks([0])  # the others wait for what rank 0 prepares
     ctx = make_context(args, out, ds)
-    path = HERE / args.model if (HERE / args.model).is_dir() else args.model
+    path = find_model(args.model)
     sharded = args.shard and n > 1
-    policy = load_policy(str(path), "cpu" if sharded else args.device, args.dtype)
+    policy = load_policy(path, "cpu" if sharded else args.device, args.dtype)
     if args.lora_rank:
         torch.manual_seed(args.seed)  # every rank makes the same adapters
         add_lora(policy, args.lora_rank)
@@ -968,7 +971,11 @@ def main() -> None:
     if args.resumed:
         saved = read_config(pathlib.Path(args.resume))["args"]
         saved |= {"out": args.resume, "resumed": True}
-        args = argparse.Namespace(**vars(parse_args([])) | saved)
+        own = vars(parse_args([]))
+        for name in sorted(own.keys() - saved.keys()):  # newer than the run
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: the run was started without {flag}; now it is {own[name]}")
+        args = argparse.Namespace(**own | saved)
     if args.memory:
         return print(memory_table(partial(memory, args)))
     join_ranks(args.device)

@@ -296,6 +296,18 @@ def test_sasrecs_states_do_not_see_later_items():
         assert torch.allclose(ends[i], states[i, len(sequence) - 1], atol=1e-6)
 
 
+def test_sasrec_learns_every_place_that_it_looks_from(monkeypatch):
+    """A user with more than MAX_LEN items has as many inputs: none of the places keeps its random beginning."""
+    monkeypatch.setattr(sasrec, "MAX_LEN", 8)
+    ds = simulate_office(n_users=100)
+    assert max(map(len, ds.by_user)) > 8
+    torch.manual_seed(0)
+    begin = SASRec(len(ds.items)).positions.weight
+    moved = train_sasrec(ds, int(ds.time.max()) + 1, epochs=3).positions.weight - begin
+    size = moved.detach().abs().amax(1)
+    assert size[-1] > 0.2 * size[:-1].median()
+
+
 def test_a_large_catalogues_loss_takes_each_item_once(monkeypatch):
     """Over all items drawn the sampled loss is the whole one: no target among its own negatives."""
     torch.manual_seed(0)

@@ -235,7 +235,9 @@ def scripted(policy, ctx, monkeypatch, seed=3):
 CALL = '<answer><tool_call>{"name": "get_user_profile", "arguments": {}}</tool_call>'
 
 
-def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(policy, ctx, monkeypatch):
+def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(
+    policy, ctx, monkeypatch
+):
     """A call that mentions <answer>, then an opened answer after which the policy writes what it likes."""
     call, scripts = policy.encode(CALL), {}
 
@@ -264,9 +266,11 @@ def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(policy, c
         max_new_tokens=360,
     )  # fmt: skip
     assert not any(t.valid for group in groups for t in group)
-    groups[1][0].answer = [*range(1, 11)]  # the others' form is what it has to teach
+    # the other's form is what it has to teach, whatever its calls are like
+    groups[1][0].answer, groups[1][0].malformed = [*range(1, 11)], True
     opening, first = policy.encode("<answer>")[0], len(call)
     total = taught = 0.0
+    entropies = []
     for group, form in zip(groups, (0.0, 0.5)):
         for sign, t in zip((1, -1), group):
             t.reward = 0.5 + 0.5 * sign
@@ -282,12 +286,16 @@ def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(policy, c
             assert (written[:, 0] > logits[answer].amax(-1) - 1e-4).all()
             logprobs = torch.log_softmax(logits / 1.5, -1)
             chosen = logprobs[range(len(t.ids)), t.ids]
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            entropies.append(entropy[sorted(sampled)].detach())
             total = total - sign * 0.5 * chosen[sorted(sampled)].sum() / 4
             taught = taught - sign * form * chosen[answer].sum() / 4
     for flag, loss in (True, total + taught), (False, total):
         want = gradient(policy, loss)
         policy.model.zero_grad()
-        policy_gradient(policy, groups, Objective(teach_form=flag), temperature=1.5)
+        objective = Objective(teach_form=flag)
+        found = policy_gradient(policy, groups, objective, temperature=1.5)
+        assert found["entropy"] == pytest.approx(float(torch.cat(entropies).mean()))
         got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
         assert (got - want).norm() / want.norm() < 1e-4
 

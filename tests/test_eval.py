@@ -218,6 +218,11 @@ def test_agents_of_a_run_trained_without_tools(tmp_path):
     frozen = {"frozen_r": 0, "frozen": 7}
     assert names["a", "b"] == frozen | {"rta": 7, "r": 0}
     assert names["b", "a"] == frozen | {"r": 0, "model:a/rta": 7}
+    for folder in ("1/run/rta", "2/run/rta"):
+        (tmp_path / folder).mkdir(parents=True)
+    args.models = [tmp_path / "1/run", tmp_path / "2/run"]
+    found = [a.name for a in ev.run_agents(args, config)]
+    assert found[-2:] == ["model:run/rta", f"model:{tmp_path / '2/run/rta'}"]
     assert names["a", "b", "c"] == frozen | {"rta": 7, "r": 0, "model:c/rta": 0}
 
 
@@ -228,6 +233,15 @@ def test_the_frozen_agent_has_the_tools_that_training_had(tmp_path):
     args = argparse.Namespace(out=tmp_path, models=[], agent=["react"])
     tools = {a.name: len(a.tools) for a in ev.run_agents(args, config)}
     assert tools == {"frozen_r": 0, "frozen": 6, "rta": 6}
+
+
+def test_probes_and_figures_need_all_rows(monkeypatch, capsys):
+    for flag in ("--probes", "--plot"):
+        argv = ["eval.py", "runs/x", "--rows", "itemknn", flag]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit):
+            ev.parse_args()
+        assert "need all rows" in capsys.readouterr().err
 
 
 def test_several_sampling_seeds_need_a_temperature(monkeypatch, capsys):

@@ -388,6 +388,9 @@ WRONG = {
     "--bonus -0.1": "must not be negative", "--list-share 1": "must be at least 0", "--steps x": "invalid int value",
     "--stage pprr": "invalid choice", "--epochs -1": "must not be negative", "--epochs nan": "must not be negative",
     "--warmup-steps 0 --stage warmup --model x": "--stage warmup of this agent needs a number of steps",
+    "--warmup-steps 0 --stage warmup": "--stage warmup of this agent needs a number of steps",
+    "--warmup-steps 5 --stage rta": "--stage rta has no warm-up",
+    "--group-size 0 --stage warmup": "a group's mean needs at least 2 trajectories",
     "--seed 1 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
 }  # fmt: skip
 
