@@ -7,7 +7,7 @@ log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G t
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
 reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
 --greedy-answer an answer's tokens are no chance and have no policy gradient, so that nothing holds them to their form
-while all else moves: where some answers of a group can be read and some not, they get the advantage of being readable.
+while all else moves: where some answers of a group are valid and some not, they get the advantage of being valid.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
@@ -111,8 +111,8 @@ def policy_gradient(
     own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
     rows, weights, old, drawn = [], [], [], []
     for p in telling[own]:
-        readable = np.array([[t.answer is not None for t in groups[p]]], float)
-        form = group_advantages(readable, objective.baseline)[0] * objective.teach_form
+        valid = np.array([[t.valid for t in groups[p]]], float)
+        form = group_advantages(valid, objective.baseline)[0] * objective.teach_form
         for t, *both in zip(groups[p], advantages[p], form):
             chance = t.chance_mask
             mask = t.action_mask if both[1] else chance

@@ -53,6 +53,9 @@ STAGE_1 = {
         "get_rating_behavior", "get_similar_items", "get_similar_users",
     )
 }  # fmt: skip
+# agents of other sizes; make them first, alike: train.py --stage warmup --width 64 --layers 4 --warmup-steps 800
+# --batch 8 --group-size 5 --out runs/size-64
+STAGE_1 |= {f"width {n}": f"--model {{runs}}/size-{n}/warmup" for n in (64, 128, 192)}
 LONGER = "--ppr-steps 24 --ppr-lr 1e-4"  # twice the default's, at twice the rate: differences are easier to see
 STAGE_2 = {
     "stage 2": "",
@@ -102,7 +105,8 @@ def train(args, name: str, seed: int) -> None:
         else:
             flags += ["--model", args.model] if args.model else []
             flags += ["--stage", "rta"] if name != "default" else []
-        flags += [*args.extra.split(), *(STAGE_1 | STAGE_2)[name].split()]
+        own = (STAGE_1 | STAGE_2)[name].format(runs=args.runs)
+        flags += [*args.extra.split(), *own.split()]
     evaluation = [str(out), "--samples", str(args.samples)]
     evaluation += ["--rows", *map(trained, parts)]
     with open(f"{out}.log", "a") as log:

@@ -266,8 +266,7 @@ def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(
         max_new_tokens=360,
     )  # fmt: skip
     assert not any(t.valid for group in groups for t in group)
-    # the other's form is what it has to teach, whatever its calls are like
-    groups[1][0].answer, groups[1][0].malformed = [*range(1, 11)], True
+    groups[1][0].answer = [*range(1, 11)]  # the other's form is what it has to teach
     opening, first = policy.encode("<answer>")[0], len(call)
     total = taught = 0.0
     entropies = []
