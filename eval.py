@@ -651,9 +651,9 @@ def main() -> None:
     pool, agents = ctx.ds.splits[args.split], run_agents(args, config)
     order = np.random.default_rng(0).permutation(len(pool))[: args.samples or None]
     samples = [pool[i] for i in order]
-    missing = sum(s.id not in ctx.profiles for s in samples)
-    if config["args"]["profiles"] == "llm" and missing:
-        print(f"note: {missing} of {len(samples)} users have the template's profile")
+    if config["args"]["profiles"] == "llm":
+        missing = sum(s.id not in ctx.profiles for s in samples)
+        print(f"note: {missing} of {len(samples)} have the template's profile")
     last = next(a for name in FINAL for a in agents if a.name == name)
     if args.user or args.show:
         own = [s for s in pool if ctx.ds.users[s.user] == args.user]

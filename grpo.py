@@ -113,16 +113,16 @@ def policy_gradient(
     for p in telling[own]:
         valid = np.array([[t.valid for t in groups[p]]], float)
         form = group_advantages(valid, objective.baseline)[0] * objective.teach_form
-        for t, *both in zip(groups[p], advantages[p], form):
+        for t, advantage, form_advantage in zip(groups[p], advantages[p], form):
             chance = t.chance_mask
-            mask = t.action_mask if both[1] else chance
+            mask = t.action_mask if form_advantage else chance
             n_actions = sum(chance) if objective.token_mean else 1
-            of_chance, of_greedy = (float(x) / n_actions for x in both)
             rows.append(TrainRow(int(p), t.ids, mask))
-            own = [c for c, m in zip(chance, mask) if m]
-            weights += [of_chance if c else of_greedy for c in own]
+            by_chance = [c for c, m in zip(chance, mask) if m]
+            gains = [float(advantage if c else form_advantage) for c in by_chance]
+            weights += [gain / n_actions for gain in gains]
             old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
-            drawn += own
+            drawn += by_chance
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
     # Eq. 6: minus the gradient estimate, as the optimizer descends

@@ -971,11 +971,7 @@ def main() -> None:
     if args.resumed:
         saved = read_config(pathlib.Path(args.resume))["args"]
         saved |= {"out": args.resume, "resumed": True}
-        own = vars(parse_args([]))
-        for name in sorted(own.keys() - saved.keys()):  # newer than the run
-            flag = f"--{name.replace('_', '-')}"
-            print(f"note: the run was started without {flag}; now it is {own[name]}")
-        args = argparse.Namespace(**own | saved)
+        args = argparse.Namespace(**vars(parse_args([])) | saved)
     if args.memory:
         return print(memory_table(partial(memory, args)))
     join_ranks(args.device)
@@ -983,6 +979,10 @@ def main() -> None:
         need = memory(args, args.model, launched(), args.shard).items()
         parts = ", ".join(f"{part} {x:.0f}" for part, x in need)
         print(f"memory per GPU at most, in GB: {parts}", flush=True)
+    if args.resumed:
+        for name in sorted(vars(args).keys() - saved.keys()):  # newer than the run
+            flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+            print(f"note: the run was started without {flag}; now it is {value}")
     run = open_run(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, partial(on_signal, run))

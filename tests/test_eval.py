@@ -218,12 +218,16 @@ def test_agents_of_a_run_trained_without_tools(tmp_path):
     frozen = {"frozen_r": 0, "frozen": 7}
     assert names["a", "b"] == frozen | {"rta": 7, "r": 0}
     assert names["b", "a"] == frozen | {"r": 0, "model:a/rta": 7}
-    for folder in ("1/run/rta", "2/run/rta"):
-        (tmp_path / folder).mkdir(parents=True)
-    args.models = [tmp_path / "1/run", tmp_path / "2/run"]
-    found = [a.name for a in ev.run_agents(args, config)]
-    assert found[-2:] == ["model:run/rta", f"model:{tmp_path / '2/run/rta'}"]
     assert names["a", "b", "c"] == frozen | {"rta": 7, "r": 0, "model:c/rta": 0}
+
+
+def test_models_of_equal_names_keep_rows_of_their_own(tmp_path):
+    models = [tmp_path / "1/run", tmp_path / "2/run"]
+    for model in models:
+        (model / "rta").mkdir(parents=True)
+    args = argparse.Namespace(out=tmp_path, models=models, agent=["react"])
+    found = [a.name for a in ev.run_agents(args, {"args": {"model": "x"}})]
+    assert found[-2:] == ["model:run/rta", f"model:{models[1] / 'rta'}"]
 
 
 def test_the_frozen_agent_has_the_tools_that_training_had(tmp_path):

@@ -30,7 +30,7 @@ import eval as evaluation
 import model as model_module
 import train
 from data import Sample
-from model import ModelError, check_device, load_policy, save_policy
+from model import ModelError, check_device, find_model, load_policy, save_policy
 from rollout import Task, Trajectory, check_context
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -402,6 +402,17 @@ def test_impossible_flags_are_refused_with_the_reason(flags, capsys):
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert flags.split()[0] in last and WRONG[flags] in last
+
+
+def test_a_folder_here_comes_before_the_repositorys_and_that_before_the_hub(
+    monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    name = "assets/tiny-agent"
+    assert find_model(name) == str(train.HERE / name)
+    (tmp_path / name).mkdir(parents=True)
+    assert find_model(name) == name
+    assert find_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
 
 
 def test_an_unknown_device_is_one_line():

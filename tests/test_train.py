@@ -56,7 +56,7 @@ def read_metrics(folder):
     [(), ("--lora-rank", 4, "--lr", 1e-3, "--grad-checkpoint")],
     ids=["plain", "adapters"],
 )
-def test_resume_continues_exactly(small, monkeypatch, tmp_path, more):
+def test_resume_continues_exactly(small, monkeypatch, tmp_path, capsys, more):
     """Both stages, stopped by SIGTERM in each: weights and metrics equal the uninterrupted run's."""
     flags = (*SHORT, "--steps", 3, "--ppr-steps", 2, "--save-every", 1, *more)
     run_main(monkeypatch, *flags, "--out", tmp_path / "whole")
@@ -74,7 +74,11 @@ def test_resume_continues_exactly(small, monkeypatch, tmp_path, more):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--resume", tmp_path / "parts")
     monkeypatch.setattr(train, "grpo_step", step)
+    config = json.loads((tmp_path / "parts/config.json").read_text())
+    del config["args"]["teach_form"]  # as if the run were older than the flag
+    (tmp_path / "parts/config.json").write_text(json.dumps(config))
     run_main(monkeypatch, "--resume", tmp_path / "parts")
+    assert "started without --teach-form; now it is True" in capsys.readouterr().out
     assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
     for stage in ("rta", "ppr"):
         a = load_file(tmp_path / "whole" / stage / "model.safetensors")
