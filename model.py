@@ -66,10 +66,9 @@ class Packed:
         parts = zip(*(x[0].split(self.lengths, 1) for x in (query, key, value)))
         out = []
         for i, (q, k, v) in enumerate(parts):
-            if self.before:
-                ks, vs = zip(*self.before[layer][i], (k, v))
-                k, v = torch.cat(ks, 1), torch.cat(vs, 1)
-            out.append(causal_attention(q, k, v, self.bias, scaling))
+            before = self.before[layer][i] if self.before else []
+            seen = zip(*before, (k, v))  # keys, values: all parts of each
+            out.append(causal_attention(q, *seen, self.bias, scaling))
         return torch.cat(out, 1)[None]
 
 
@@ -105,20 +104,22 @@ class Decode:
         return out.view(P, K, G, R, D)[self.at[:3]].reshape(n, H, 1, D)
 
 
-def causal_attention(q, k, v, bias: Tensor, scaling: float) -> Tensor:
-    """[H, S, D] queries, the last S of the T tokens whose keys and values [K, T, D] are given.
+def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Tensor:
+    """[H, S, D] queries, the last S of the T tokens whose keys and values are given in parts [K, ., D].
 
     On a CPU a block of queries at a time, which no key behind its last one concerns: half of the scores never exist.
     """
-    (H, S, _), (K, T, D) = q.shape, k.shape
+    (H, S, D), K, T = q.shape, len(keys[0]), sum(x.shape[1] for x in keys)
     R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
     if q.is_cuda or H * S * T > 2**25:  # torch has kernels that never hold the scores
         mask = None if S == T else bias[:S, first : first + T]
+        k, v = torch.cat(keys, 1), torch.cat(values, 1)
         return whole_attention(q[None], k[None], v[None], scaling, mask)[0]
-    step = 1
-    if q.dtype == torch.bfloat16:  # few shapes: each new one is compiled, for 0.7 ms
-        step = SHAPE_STEP
-        q, k, v = (F.pad(x, (0, 0, 0, -x.shape[1] % step)) for x in (q, k, v))
+    # in bf16 few shapes: each new one is compiled, for 0.7 ms
+    step = SHAPE_STEP if q.dtype == torch.bfloat16 else 1
+    q = F.pad(q, (0, 0, 0, -S % step))
+    spare = q.new_zeros(K, -T % step, D)
+    k, v = (torch.cat([*parts, spare], 1) for parts in (keys, values))
     out = []
     for a in range(0, S, BLOCK):
         some = q[:, a : a + BLOCK]
@@ -608,8 +609,17 @@ def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float
 
 
 def project_chunk(head, hidden, targets, temperature):
-    logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # n, V
+    """What `project` returns, of one chunk; a few rows at a time, whose fp32 copies stay in the cache."""
+    logits = head(hidden)  # n, V
+    few = max(64, 2**18 // logits.shape[1])
+    rows = zip(logits.split(few), targets.split(few))
+    parts = [of_targets(*x, temperature) for x in rows]
+    return tuple(torch.cat(x) for x in zip(*parts))
+
+
+def of_targets(logits: Tensor, targets: Tensor, temperature: float):
+    """Log-probabilities of `targets` [n] at `temperature`, and entropies, from [n, V] logits."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logprobs = torch.log_softmax(logits / temperature, -1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
