@@ -179,7 +179,8 @@ def test_attention_in_blocks_is_the_dense_one(dtype, new, old):
         for n, t in ((H, new), (K, T), (K, T))
     )
     bias = torch.full((new + 64, T + 64), -torch.inf, dtype=dtype).triu(old + 1)
-    got = model_module.causal_attention(q, k, v, bias, 0.3)
+    parts = [x.split(old or T, 1) for x in (k, v)]
+    got = model_module.causal_attention(q, *parts, bias, 0.3)
     hidden = torch.ones(new, T).triu(old + 1).bool()
     wide = [x.double().repeat_interleave(H // K, 0) for x in (k, v)]
     scores = (q.double() @ wide[0].transpose(1, 2) * 0.3).masked_fill(hidden, -1e9)
@@ -199,7 +200,7 @@ def test_attention_in_blocks_skips_what_no_query_sees(monkeypatch):
         torch, "baddbmm", lambda *a, **k: scores.append(real(*a, **k)) or scores[-1]
     )
     q, bias = torch.randn(2, 1024, 8), torch.zeros(1088, 1088)
-    model_module.causal_attention(q, q, q, bias, 1.0)
+    model_module.causal_attention(q, (q,), (q,), bias, 1.0)
     assert sum(s.numel() for s in scores) == 2 * 256 * (256 + 512 + 768 + 1024)
 
 
