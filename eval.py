@@ -38,6 +38,7 @@ from sasrec import load_sasrec
 from tools import PROFILES, Context, read_profiles, tool_scores
 
 HERE = pathlib.Path(__file__).parent
+CODE = ("data", "sasrec", "tools", "model", "rollout", "grpo", "ppr")  # of a trajectory
 METRICS = ("hit@1", "hit@5", "hit@10", "ndcg@1", "ndcg@5", "ndcg@10", "mrr")
 FINAL = ("ppr", "rta", "r", "frozen")  # the first of these is a run's final agent
 CURVES = {
@@ -249,12 +250,13 @@ def identity(path: str | pathlib.Path) -> str:
 
 
 def row_file(args, ctx: Context, agent: Agent, seed: int, off: tuple) -> pathlib.Path:
-    """RUN/rows/NAME-HASH.jsonl; the hash covers all that shapes a trajectory, except its task."""
+    """RUN/rows/NAME-HASH.jsonl; the hash covers all that shapes a trajectory, the code included, except its task."""
     settings = [identity(agent.path), agent.tools, off, seed, ctx.ds.fingerprint()]
     seen = [identity(args.out / "sasrec.safetensors"), sorted(ctx.profiles.items())]
     settings += [*seen, args.k, args.bonus, args.temperature, args.greedy_answer]
     settings += [args.max_new_tokens, args.dtype, args.device, ctx.title_limit]
     settings += [agent.strategy] if agent.strategy != "react" else []
+    settings += [identity(HERE / f"{name}.py") for name in CODE]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     return args.out / "rows" / f"{re.sub(r'[^a-z0-9_]+', '-', agent.name)}-{key}.jsonl"
 
@@ -601,6 +603,8 @@ def parse_args() -> argparse.Namespace:
     if min(number or 0 for number in numbers) < 0:
         flags = "--samples, --show, --probes, --seeds and --temperature"
         parser.error(f"{flags} cannot be negative")
+    if args.show == 0:
+        parser.error("--show 0 shows nothing: give a number of trajectories")
     if len(args.seeds) > 1 and not args.temperature:
         parser.error(
             "--seeds need a --temperature above 0: greedy agents have no chance"

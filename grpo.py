@@ -195,7 +195,7 @@ def rollout_metrics(groups: list[list[Trajectory]]) -> dict[str, float]:
         "hit@10": [r is not None and r <= 10 for r in ranks],
         "valid": [t.valid for t in everyone],
         "tool_calls": [len(t.calls) for t in everyone],
-        "tool_rate_of_rewarded": rewarded or [0],
+        "tool_rate_of_rewarded": rewarded,
         "cut": [t.end == "length" for t in everyone],
     }
     for name, values in shown.items():

@@ -527,7 +527,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """[B, V] logits to [B] tokens and [B] log-probabilities at `temperature`; 0 is greedy (log-probabilities at 1).
 
-    Rows in the [B] mask `greedy` take the likeliest token. Inverse-CDF sampling from one uniform number a row, so that a row's tokens do not depend on its neighbours.
+    Rows in the [B] mask `greedy` take the likeliest token. Inverse-CDF sampling from one uniform number a row, so that
+    a row's tokens do not depend on its neighbours beyond rounding.
     """
     logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
     if temperature == 0:
@@ -805,12 +806,14 @@ def memory_need(
     saved = layers * sum(a * x for a, x in zip(SAVED, units, strict=True))
     if grad_checkpoint:  # each layer's input, keys and values, and all of one layer
         saved = saved // layers + layers * 4 * (width + kv_heads * head_dim)
+    # the whole copy under --shard holds embeddings in fp32, and a head tied to them once more in bf16
+    embeddings = (4 if config.tie_word_embeddings else 2) * config.vocab_size * width
     split = n if sharded else 1
     need = {
         "weights": 4 * (size + trained * (trained < size)) / split,
         "gradients": 4 * trained / split,
         "Adam": 8 * trained / split,
-        "bf16 copy": 2 * size,
+        "bf16 copy": 2 * size + sharded * embeddings,
         "keys, values": 2 * 2 * layers * kv_heads * head_dim * cached,
         "activations": micro_tokens * saved,
     }

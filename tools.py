@@ -4,7 +4,7 @@ A tool is a function `(context, sample, **arguments) -> Observation` and an entr
 Besides its text, an observation rates every candidate from 0 to 9 where the evidence allows it ("8:9 3:7 ..."), so that
 a ranking can be read off each tool and several can be combined.
 
-Everything shown comes from interactions strictly before the sample's time and from statistics fitted before `fit_end`.
+All but the catalogue's own fields comes from interactions before the sample's time and statistics fitted before `fit_end`.
 Deviation: "nearest in SASRec's embedding space" is read as the items nearest to SASRec's state after the named item
 alone; that finds complements as well as look-alikes.
 """
@@ -64,7 +64,7 @@ def inert(text: str, limit: int = 60) -> str:
 
 
 def log_rank(scores: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:
-    """[0, 1] scores of the chosen items by logarithmic rank among all: the best 1, the last 0, ties share the mean."""
+    """[0, 1] scores of the chosen items by logarithmic rank among all: the best 1, the last near 0, ties share the mean."""
     n, ascending = len(scores), np.sort(scores)
     mine = scores[list(chosen)]
     below = np.searchsorted(ascending, mine)

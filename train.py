@@ -157,8 +157,8 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
 def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     """The prompts of one step, reshuffled every epoch: samples (rta), or hard pairs in both directions (ppr).
 
-    A share of stage 2's prompts (--list-share) asks for the ranking of the pairs' samples again; without them the
-    tiny agent forgets within a dozen steps how to answer a ranking.
+    A share of stage 2's prompts (--list-share) asks for the ranking of other pairs' samples again; without them the tiny
+    agent forgets within a dozen steps how to answer a ranking. These pairs' own questions wait for another epoch's order.
     """
     args, train = run.args, run.ds.splits["train"]
     directions = DIRECTIONS[args.ppr_directions]
@@ -471,7 +471,9 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     if groups and (still or metrics.get("grad_norm") == 0):
         why = "all groups have equal rewards" if still else "no group gave a signal"
         tqdm.write(f"{why}: no update in this step")
-    line = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    line = {
+        k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()
+    }
     logs = {"metrics.jsonl": [line]}
     for group in groups[:1]:
         rewards = np.array([[t.reward for t in group]])

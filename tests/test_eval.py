@@ -180,6 +180,19 @@ def test_a_retrained_checkpoint_is_evaluated_again(args, ctx, policy, rolled):
     assert rolled == [1, 1]
 
 
+def test_edited_code_evaluates_again(args, ctx, policy, rolled, monkeypatch, tmp_path):
+    save_policy(policy, args.out / "agent")
+    agent = ev.Agent("frozen", str(args.out / "agent"))
+    for name in ev.CODE:
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setattr(ev, "HERE", tmp_path)
+    for text in ("", "", "K = 3"):
+        (tmp_path / "tools.py").write_text(text)
+        ev.identity.cache_clear()
+        ev.play(args, ctx, agent, [Task(ctx.ds.splits["test"][0])], 0)
+    assert rolled == [1, 1]
+
+
 def test_a_tool_that_is_off_says_so_and_costs_no_format(ctx, policy, world):
     from rollout import ALL_TOOLS, Trajectory, act
 
@@ -246,6 +259,13 @@ def test_probes_and_figures_need_all_rows(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             ev.parse_args()
         assert "need all rows" in capsys.readouterr().err
+
+
+def test_show_needs_a_number(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", "--show", "0"])
+    with pytest.raises(SystemExit):
+        ev.parse_args()
+    assert "--show 0 shows nothing" in capsys.readouterr().err
 
 
 def test_several_sampling_seeds_need_a_temperature(monkeypatch, capsys):

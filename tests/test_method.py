@@ -114,6 +114,8 @@ def test_hits_among_10_of_a_longer_ranking(ctx):
         t = Trajectory(Task(sample), [])
         t.answer = [*others[: place - 1], positive, *others[place - 1 :]]
         assert rollout_metrics([[t]])["hit@10"] == (place == 10)
+    t.reward = -0.5
+    assert rollout_metrics([[t]])["tool_rate_of_rewarded"] is None, "none is rewarded"
 
 
 # -------------------------------------------------------------------------------------------- estimator (Eq. 6, Prop. 1)

@@ -106,6 +106,11 @@ def test_known_models_have_their_published_sizes():
         split = memory_need(qwen3_config(name), 4, True, 8, 1, 64, 64)
         for part in ("weights", "gradients", "Adam"):
             assert split[part] == pytest.approx(need[part] / 4)
+        # the copy that is sampled from: embeddings in fp32, and a tied head beside them
+        model = qwen3_config(name)
+        table = model.vocab_size * model.hidden_size / 1e9
+        more = (4 if model.tie_word_embeddings else 2) * table
+        assert split["bf16 copy"] - need["bf16 copy"] == pytest.approx(more)
 
 
 def test_memory_table_has_each_model_three_ways():

@@ -90,9 +90,9 @@ def test_resume_continues_exactly(small, monkeypatch, tmp_path, capsys, more):
 
 
 def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
-    run_main(
-        monkeypatch, *SHORT, "--steps", 1, "--ppr-steps", 1, "--out", tmp_path / "r"
-    )
+    rates = ("--lr", 1e-8, "--ppr-lr", 1e-8)  # small numbers are not rounded away
+    flags = (*SHORT, "--steps", 1, "--ppr-steps", 1, *rates)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
     documented = (
         "stage step reward_mean reward_std ndcg@10 hit@1 hit@10 valid tool_calls tool_rate_of_rewarded "
         "zero_variance_groups dropped_groups kl_sampler_trainer entropy grad_norm lr tokens seconds_rollout "
@@ -103,6 +103,7 @@ def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
             line
         )
         assert line["kl_sampler_trainer"] < 1e-4
+        assert line["lr"] == 2e-9, "a fifth, in the first step"
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["args"]["steps"] == 1
     assert config["fingerprint"]
