@@ -823,10 +823,10 @@ def memory_need(
 
 
 def memory_table(need_of: Callable[[str, int, bool], dict]) -> str:
-    """All known model sizes: one GPU, 4 with data parallel, 4 with --shard; `need_of` calls memory_need."""
+    """All known model sizes on one GPU (each of several needs as much) and on 4 with --shard; `need_of` calls memory_need."""
     lines = []
     for name in QWEN3:
-        for n, sharded in ((1, False), (4, False), (4, True)):
+        for n, sharded in ((1, False), (4, True)):
             need = need_of(name, n, sharded)
             how = f"{n} GPU" + "s" * (n > 1) + ", --shard" * sharded
             cells = " | ".join(f"{x:.0f}" for x in need.values())

@@ -17,7 +17,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 METRICS = {"hit@1": "H@1", "hit@5": "H@5", "hit@10": "H@10", "ndcg@5": "N@5", "ndcg@10": "N@10", "mrr": "MRR"}  # fmt: skip
 WITH_INTERVAL = ("hit@1", "ndcg@10")
 PAIRS = re.compile(
-    "ppr-(rta|frozen|popularity|sasrec|itemknn|fusion|learned_fusion|oracle)$|rta-(frozen|r)$|r-frozen_r$"
+    "ppr-(rta|sasrec|itemknn|fusion|learned_fusion)$|rta-(frozen|r)$|r-frozen_r$"
 )
 
 
@@ -43,10 +43,10 @@ def table(results: list[dict]) -> list[str]:
     for row in common(results, "rows"):
         runs = [r["rows"][row] for r in results]
         cells = [cell(runs, m) for m in METRICS]
-        cells += [" ".join(f"{r['ndcg@10']['mean']:.3f}" for r in runs)]
-        if runs[0]["valid"] is None:
-            cells += ["", ""]
+        if runs[0]["valid"] is None:  # no agent, so the same in all runs
+            cells += ["", "", ""]
         else:
+            cells += [" ".join(f"{r['ndcg@10']['mean']:.3f}" for r in runs)]
             cells += [f"{mean([r['valid'] for r in runs]):.1%}"]
             cells += [f"{mean([r['tool_calls'] for r in runs]):.2f}"]
         lines.append("| " + " | ".join([row, *cells]) + " |")

@@ -113,16 +113,15 @@ def test_known_models_have_their_published_sizes():
         assert split["bf16 copy"] - need["bf16 copy"] == pytest.approx(more)
 
 
-def test_memory_table_has_each_model_three_ways():
+def test_memory_table_has_each_model_alone_and_sharded():
     def need_of(name, n, sharded):
         return {"weights": 100.4 * n + sharded, "peak": len(name)}
 
     head, rule, *lines = memory_table(need_of).splitlines()
     assert head == "| model | GPUs | weights | peak |" and rule == "|---|---|---|---|"
-    assert len(lines) == 3 * len(QWEN3)
+    assert len(lines) == 2 * len(QWEN3)
     assert lines[0] == "| Qwen3-0.6B | 1 GPU | 100 | 15 |"
-    assert lines[1] == "| Qwen3-0.6B | 4 GPUs | 402 | 15 |"
-    assert lines[2] == "| Qwen3-0.6B | 4 GPUs, --shard | 403 | 15 |"
+    assert lines[1] == "| Qwen3-0.6B | 4 GPUs, --shard | 403 | 15 |"
 
 
 def test_memory_of_keys_and_values_is_what_sampling_allocates(policy, monkeypatch):
