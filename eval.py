@@ -657,7 +657,8 @@ def main() -> None:
     samples = [pool[i] for i in order]
     if config["args"]["profiles"] == "llm":
         missing = sum(s.id not in ctx.profiles for s in samples)
-        print(f"note: {missing} of {len(samples)} have the template's profile")
+        if missing:
+            print(f"note: {missing} of {len(samples)} have the template's profile")
     last = next(a for name in FINAL for a in agents if a.name == name)
     if args.user or args.show:
         own = [s for s in pool if ctx.ds.users[s.user] == args.user]

@@ -496,9 +496,9 @@ def rollout(
 
     Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at
     once (`progress` is told of it). Each row draws from a generator seeded with (*seed, *task.key, index in the
-    group): who shares the batch changes its tokens by rounding only. `temperature` 0 is greedy, and with `greedy_answer` what
-    follows <answer> always is. `max_new_tokens` bounds a whole trajectory, observations included. `strategy` is one of
-    STRATEGIES. ModelError if a prompt does not fit the model's context.
+    group): who shares the batch changes its tokens by rounding only. `temperature` 0 is greedy, and with
+    `greedy_answer` what follows <answer> always is. `max_new_tokens` bounds a whole trajectory, observations included.
+    `strategy` is one of STRATEGIES. ModelError if a prompt does not fit the model's context.
     """
     return Rollout(policy, ctx, tasks, **settings).run()
 
@@ -555,9 +555,9 @@ def demonstrate(
 
     The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
     trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
-    to learning. There are 0 to `max_calls` calls, at least one for a pair; half of the `hasty` rankings make no call, the
-    others 0 to `max_calls` - 1. Whatever follows from these choices is always the same: chance there
-    would only be noise to learn. An agent that has no tools ranks at random: all of it is left to learning.
+    to learning. There are 0 to `max_calls` calls, at least one for a pair; half of the `hasty` rankings make no call,
+    the others 0 to `max_calls` - 1. Whatever follows from these choices is always the same: chance there would only be
+    noise to learn. An agent that has no tools ranks at random: all of it is left to learning.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))

@@ -158,7 +158,7 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     """The prompts of one step, reshuffled every epoch: samples (rta), or hard pairs in both directions (ppr).
 
     A share of stage 2's prompts (--list-share) asks for the ranking of other pairs' samples again; without them the tiny
-    agent forgets within a dozen steps how to answer a ranking. These pairs' own questions wait for another epoch's order.
+    agent forgets within a dozen steps how to answer a ranking. An epoch then does not ask about every pair.
     """
     args, train = run.args, run.ds.splits["train"]
     directions = DIRECTIONS[args.ppr_directions]
