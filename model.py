@@ -111,7 +111,8 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
     """
     (H, S, D), K, T = q.shape, len(keys[0]), sum(x.shape[1] for x in keys)
     R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
-    if q.is_cuda or H * S * T > 2**25:  # torch has kernels that never hold the scores
+    # elsewhere, and for long sequences, torch has kernels that never hold the scores
+    if q.device.type != "cpu" or H * S * T > 2**25:
         mask = None if S == T else bias[:S, first : first + T]
         k, v = torch.cat(keys, 1), torch.cat(values, 1)
         return whole_attention(q[None], k[None], v[None], scaling, mask)[0]
@@ -293,7 +294,7 @@ def separate_letters(policy: Policy, seed: int = 0) -> None:
     cannot tell the letters apart has no gradient that would teach it to.
     """
     table = policy.model.get_input_embeddings().weight.data
-    rows = [policy.encode(letter)[-1] for letter in "AB"]
+    rows = torch.tensor([policy.encode(letter)[-1] for letter in "AB"])
     if F.cosine_similarity(*table[rows], dim=0) > 0.99:
         generator = torch.Generator().manual_seed(seed)
         fresh = torch.randn(2, table.shape[1], generator=generator).to(table)
