@@ -15,6 +15,7 @@ ends and never sampled again with equal settings: an interrupted evaluation cont
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -86,15 +87,16 @@ def column(lines: Lines, name: str, k: int) -> np.ndarray:
 
 
 def behaviour(lines: Lines) -> dict:
-    """Share of valid answers, and per request: calls, sampled tokens, milliseconds in all and in tools."""
+    """Share of valid answers, and per request: reward, calls, sampled tokens, milliseconds in all and in tools."""
     every = [line for part in lines for line in part]
     if "valid" not in every[0]:
         return {"valid": None, "tool_calls": None}
-    n, kinds = len(every), ("valid", "seconds", "tool_seconds", "tokens")
-    valid, seconds, tools, tokens = (sum(x[kind] for x in every) / n for kind in kinds)
+    n, kinds = len(every), ("valid", "reward", "seconds", "tool_seconds", "tokens")
+    means = (sum(x[kind] for x in every) / n for kind in kinds)
+    valid, reward_mean, seconds, tools, tokens = means
     calls = Counter(name for line in every for name in line["calls"])
     return {
-        "valid": valid, "tool_calls": calls.total() / n,
+        "valid": valid, "reward": reward_mean, "tool_calls": calls.total() / n,
         "calls": {name: calls[name] / n for name in ALL_TOOLS},
         "ms": 1000 * seconds, "tool_ms": 1000 * tools, "tokens": tokens,
     }  # fmt: skip
@@ -174,6 +176,22 @@ def fit_fusion(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return weights.detach().numpy()
 
 
+def best_subset(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights [tools] of 0 and 1: the tools whose equal-weight sum has the best NDCG on [n, tools, 20] scores.
+
+    What an agent can learn that trusts all tools alike: which to ask. Equal sums share their places' mean.
+    """
+    found = []
+    for on in itertools.product((0.0, 1.0), repeat=scores.shape[1]):
+        total = np.einsum("ntc,t->nc", scores, on)
+        own = np.take_along_axis(total, targets[:, None], 1)
+        rank = (
+            0.5 + (total > own).sum(1) + (total == own).sum(1) / 2
+        )  # its own tie is 1
+        found.append((np.mean(1 / np.log2(1 + rank)), on))
+    return np.array(max(found)[1])
+
+
 def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> dict:
     """[n, 20] scores of every row that is not an agent."""
     ds = ctx.ds
@@ -190,10 +208,11 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
     tools = all_tool_scores(ctx, samples, "tools")
     rows |= {f"tool:{name}": tools[:, i] for i, name in enumerate(ALL_TOOLS)}
     train = ds.splits["train"][:3000]
-    fitted = all_tool_scores(ctx, train, "learned fusion")
-    weights = fit_fusion(fitted, np.array([s.target for s in train]))
+    fitted = all_tool_scores(ctx, train, "fusions")
+    targets = np.array([s.target for s in train])
     rows["fusion"] = tools.sum(1)
-    rows["learned_fusion"] = np.einsum("ntc,t->nc", tools, weights)
+    for name, fit in (("subset_fusion", best_subset), ("learned_fusion", fit_fusion)):
+        rows[name] = np.einsum("ntc,t->nc", tools, fit(fitted, targets))
     if ds.utility is not None:
         utility = ds.utility[[s.id for s in samples]]
         rows["oracle"] = np.take_along_axis(utility, candidates, 1)
@@ -454,7 +473,8 @@ def cost(name: str, row: dict) -> str:
     calls = Counter({n: c for n, c in row["calls"].items() if c >= 0.005})
     used = ", ".join(f"{n} {c:.2f}" for n, c in calls.most_common())
     times = f"{row['ms']:.1f} ms a request, {row['tool_ms']:.2f} of them in tools"
-    return f"{name}: {row['tokens']:.0f} tokens, {times}; calls: {used or 'none'}"
+    means = f"reward {row['reward']:.3f}, {row['tokens']:.0f} tokens, {times}"
+    return f"{name}: {means}; calls: {used or 'none'}"
 
 
 def table(result: dict) -> str:

@@ -11,7 +11,7 @@ import pytest
 import eval as ev
 from data import Dataset, Item, Sample
 from model import save_policy
-from rollout import Task, append_observation, demonstrate, observe
+from rollout import ALL_TOOLS, Task, append_observation, demonstrate, observe
 from sasrec import SASRec, save_sasrec
 from train import parse_args
 
@@ -73,6 +73,22 @@ def test_learned_fusion_minimises_its_loss(scale, power, near):
 
     for step in 1e-3 * np.concatenate([np.eye(3), -np.eye(3)]):
         assert loss(found + step) > loss(found)
+
+
+def test_best_subset_leaves_out_what_misleads():
+    """Two tools score the target higher by chance, one says nothing, one misleads; the fifth says what the first says."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(20, size=500)
+    positive = np.eye(20)[targets]
+    noise = rng.random((5, 500, 20))
+    noise[4] = noise[0]  # halves what the second tool is worth
+    strength = np.array([0.5, 0.5, 0, -0.5, 0.2])[:, None, None]
+    scores = (noise + strength * positive).swapaxes(0, 1)
+    scores[:, 2] = 0.3  # equal for all: no harm, no use; the larger subset wins the tie
+    assert ev.best_subset(scores, targets).tolist() == [1, 1, 1, 0, 0]
+    one = np.array([[[0.2] * 20, [0.1] * 19 + [0.9]]])
+    assert ev.best_subset(one, np.array([19])).tolist() == [1, 1]
+    assert ev.best_subset(one, np.array([0])).tolist() == [1, 0], "a tie is better"
 
 
 @pytest.mark.parametrize(
@@ -228,10 +244,11 @@ def test_agents_of_a_run_trained_without_tools(tmp_path):
         )
         agents = ev.run_agents(args, config)
         names[name, *models] = {a.name: len(a.tools) for a in agents}
-    frozen = {"frozen_r": 0, "frozen": 7}
-    assert names["a", "b"] == frozen | {"rta": 7, "r": 0}
-    assert names["b", "a"] == frozen | {"r": 0, "model:a/rta": 7}
-    assert names["a", "b", "c"] == frozen | {"rta": 7, "r": 0, "model:c/rta": 0}
+    n = len(ALL_TOOLS)
+    frozen = {"frozen_r": 0, "frozen": n}
+    assert names["a", "b"] == frozen | {"rta": n, "r": 0}
+    assert names["b", "a"] == frozen | {"r": 0, "model:a/rta": n}
+    assert names["a", "b", "c"] == frozen | {"rta": n, "r": 0, "model:c/rta": 0}
 
 
 def test_models_of_equal_names_keep_rows_of_their_own(tmp_path):
@@ -249,7 +266,8 @@ def test_the_frozen_agent_has_the_tools_that_training_had(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = argparse.Namespace(out=tmp_path, models=[], agent=["react"])
     tools = {a.name: len(a.tools) for a in ev.run_agents(args, config)}
-    assert tools == {"frozen_r": 0, "frozen": 6, "rta": 6}
+    n = len(ALL_TOOLS) - 1
+    assert tools == {"frozen_r": 0, "frozen": n, "rta": n}
 
 
 def test_probes_and_figures_need_all_rows(monkeypatch, capsys):
@@ -328,14 +346,16 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *flags])
     ev.main()
     result = json.loads((tmp_path / "eval.json").read_text())
-    names = ["random", "popularity", "itemknn", "sasrec", "fusion", "learned_fusion"]
-    names += ["oracle", "frozen_r", "frozen", "plan_first"]
+    names = ["random", "popularity", "itemknn", "sasrec", "oracle"]
+    names += ["fusion", "subset_fusion", "learned_fusion"]
+    names += ["frozen_r", "frozen", "plan_first"]
     assert set(names) <= set(result["rows"])
-    assert len(result["rows"]) == len(names) + 7  # and the tools
+    assert len(result["rows"]) == len(names) + len(ALL_TOOLS)
     assert (result["split"], result["n"], result["k"]) == ("test", 6, 10)
     frozen, knn = result["rows"]["frozen"], result["rows"]["itemknn"]
     assert frozen["hit@1"] == frozen["ndcg@1"] and "mrr" in frozen
     assert 0 < frozen["tool_ms"] < frozen["ms"] and frozen["tool_calls"] > 0
+    assert -1 <= frozen["reward"] <= 1.1
     gap = result["paired"]["frozen-itemknn"]["ndcg@10"]["mean"]
     assert gap == pytest.approx(frozen["ndcg@10"]["mean"] - knn["ndcg@10"]["mean"])
     assert (
