@@ -72,9 +72,13 @@ def pair_tasks(
     rng: np.random.Generator,
     directions: tuple[bool, ...] = (True, False),
 ) -> list[Task]:
-    """Eq. 4: for each pair the MORE and the LESS question, next to each other; A/B order balanced in each direction."""
-    tasks, half = [], np.arange(len(pairs)) % 2 == 0
-    shown_as_a = [rng.permutation(half) for _ in directions]  # the positives
+    """Eq. 4: for each pair the MORE and the LESS question, next to each other; A/B order balanced in each direction.
+
+    Which letter has one positive more, where their number is odd, is drawn for each direction: else the letter would tell.
+    """
+    tasks, places = [], np.arange(len(pairs))
+    coins = [rng.integers(2) for _ in directions]
+    shown_as_a = [rng.permutation((places + coin) % 2 == 0) for coin in coins]
     for i, pair in enumerate(pairs):
         for more, positive_is_a in zip(directions, shown_as_a):
             order = (pair.positive, pair.negative)

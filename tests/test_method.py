@@ -215,6 +215,17 @@ def test_pairs_are_asked_in_both_directions_with_a_balanced_order():
     assert [t.more for t in one] == [False] * 40
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_odd_number_of_pairs_favours_no_letter(n):
+    """The extra positive was always A: over the steps the right letter of MORE was A in two of three questions."""
+    pairs, right = [HardPair(7, POSITIVE, 8, 2)] * n, []
+    for step in range(200):
+        tasks = pair_tasks(pairs, {7: SAMPLE}, np.random.default_rng(step))
+        right += [[target_letter(t) == "A" for t in tasks[i::2]] for i in (0, 1)]
+    share = np.array(right).reshape(200, 2, n).mean((0, 2))
+    assert np.abs(share - 0.5).max() < 0.1
+
+
 @pytest.mark.parametrize(
     ("pair", "more", "right", "wrong", "question"),
     [
