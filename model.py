@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.optim import AdamW, Muon
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
@@ -113,9 +114,8 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
     R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
     # elsewhere, and for long sequences, torch has kernels that never hold the scores
     if q.device.type != "cpu" or H * S * T > 2**25:
-        mask = None if S == T else bias[:S, first : first + T]
         k, v = torch.cat(keys, 1), torch.cat(values, 1)
-        return whole_attention(q[None], k[None], v[None], scaling, mask)[0]
+        return whole_attention(q[None], k[None], v[None], scaling)[0]
     # in bf16 few shapes: each new one is compiled, for 0.7 ms
     step = SHAPE_STEP if q.dtype == torch.bfloat16 else 1
     q = F.pad(q, (0, 0, 0, -S % step))
@@ -134,13 +134,12 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
     return torch.cat(out, 1)[:, :S]
 
 
-def whole_attention(query, key, value, scaling: float, mask: Tensor | None = None):
-    """torch's attention of [b, H, S, D] queries, causal without a mask; a kv head serves the query heads that share it."""
+def whole_attention(query, key, value, scaling: float):
+    """torch's attention of [b, H, S, D] queries, the last S of T tokens; a kv head serves the query heads that share it."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scaling
-    )
+    mask = causal_lower_right(query.shape[2], key.shape[2])  # a kernel's own, on a GPU
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
 
 
 def shared_prefix_attention(
@@ -379,17 +378,22 @@ def forward_packed(
 
 
 def share_prompts(
-    policy: Policy, prompts: list[list[int]], cuts: list | None = None, model=None
+    policy: Policy,
+    prompts: list[list[int]],
+    cuts: list | None = None,
+    model=None,
+    common: bool = True,
 ) -> list[list[list[LayerKV]]]:
     """For each layer and prompt the keys and values of all but its last token, in one or two parts [K, T, D].
 
     What all begin with is computed once: chat models have the same system prompt, tools included, in every prompt; a
-    short beginning is not worth a forward. With a list `cuts`, gradients stop there until `backward_prompts`.
+    short beginning is not worth a forward, and without `common` there is always one forward. With a list `cuts`,
+    gradients stop there until `backward_prompts`.
     """
     assert min(map(len, prompts)) > 1, "a prompt needs at least 2 tokens"
     prompts, model = [p[:-1] for p in prompts], model or policy.model
     n = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
-    n = n if n >= SHARED_BEGINNING and len(prompts) > 1 else 0
+    n = n if common and n >= SHARED_BEGINNING and len(prompts) > 1 else 0
     begin = forward_packed(policy, model, [prompts[0][:n]], [0])[1] if n else []
     begin = cut(begin, cuts)
     before = [[[pair]] * len(prompts) for pair in begin]
@@ -588,7 +592,8 @@ def token_logprobs(
     happens here and nowhere else.
     """
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
-    layers = shared or share_prompts(policy, prompts)
+    # all ranks of a sharded model must make equally many forwards, whatever their prompts
+    layers = shared or share_prompts(policy, prompts, common=False)
     before = [[own[r.prompt] for r in rows] for own in layers]
     starts = [len(prompts[r.prompt]) - 1 for r in rows]
     hidden, _ = forward_packed(policy, policy.model, inputs, starts, before)

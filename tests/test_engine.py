@@ -25,6 +25,7 @@ from model import (
     plain_copy,
     sample_tokens,
     save_policy,
+    share_prompts,
     token_logprobs,
 )
 from rollout import Task, demonstrate, rollout
@@ -118,11 +119,15 @@ def test_what_all_prompts_begin_with_is_computed_once(policy, monkeypatch):
     dense = dense_logprobs(policy, prompts, rows)
     want = gradient(policy, (dense * weight).sum())
     seen = forwarded(monkeypatch)
-    got = gradient(policy, (token_logprobs(policy, prompts, rows)[0] * weight).sum())
+    shared = share_prompts(policy, prompts)
+    logprobs, _ = token_logprobs(policy, prompts, rows, shared=shared)
+    got = gradient(policy, (logprobs * weight).sum())
     assert seen == [[70], [16, 4, 1], [9, 23, 1, 4, 12, 3]]
     assert (got - want).norm() / want.norm() < 1e-9
-    token_logprobs(policy, prompts[:1], rows[:3])
-    assert seen[3:] == [[86], [9, 23, 1]], "one prompt shares with nobody"
+    share_prompts(policy, prompts[:1])
+    assert seen[3:] == [[86]], "one prompt shares with nobody"
+    token_logprobs(policy, prompts, rows)
+    assert seen[4:] == [[86, 74, 71], [9, 23, 1, 4, 12, 3]], "two forwards, always"
 
 
 def test_sampling_behind_a_shared_beginning(policy, monkeypatch):

@@ -43,10 +43,10 @@ FLAGS = (*SHORT, "--batch", 3, "--steps", 2, "--ppr-steps", 1, "--save-every", 1
 FLAGS += ("--lr", 1e-3, "--temperature", 1.2)
 
 
-def torchrun(n, fault, *flags):
-    """Exit status and errors of `torchrun --nproc_per_node n train.py flags` in the miniature world; see rank.py."""
+def torchrun(n, *command):
+    """Exit status and errors of `torchrun --nproc_per_node n command`."""
     module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n]
-    command = [sys.executable, *module, RANK, fault, *flags]
+    command = [sys.executable, *module, *command]
     how = {"capture_output": True, "text": True, "timeout": 600}
     done = subprocess.run([str(x) for x in command], check=False, **how)
     return done.returncode, done.stderr
@@ -64,12 +64,11 @@ def test_two_ranks_equal_one_and_resume(monkeypatch, tmp_path, alone, more, then
     if not alone.exists():
         run_main(monkeypatch, *FLAGS, "--out", alone)
     out = tmp_path / "run"
-    status, said = torchrun(
-        2, "stop:0" if more else "stop:1", *FLAGS, *more, "--out", out
-    )
+    fault = "stop:0" if more else "stop:1"
+    status, said = torchrun(2, RANK, fault, *FLAGS, *more, "--out", out)
     assert status and "exitcode  : 143" in said, said
     if more:
-        status, said = torchrun(then, "none", "--resume", out)
+        status, said = torchrun(then, RANK, "none", "--resume", out)
         assert status == 0, said
     else:
         run_main(monkeypatch, "--resume", out)
@@ -88,13 +87,20 @@ def test_two_ranks_equal_one_and_resume(monkeypatch, tmp_path, alone, more, then
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_the_checkpoint(tmp_path):
     fault = f"die:1:{tmp_path / 'died'}"
-    status, said = torchrun(2, fault, *FLAGS, "--stage", "rta", "--out", tmp_path / "r")
+    flags = (*FLAGS, "--stage", "rta", "--out", tmp_path / "r")
+    status, said = torchrun(2, RANK, fault, *flags)
     assert status and "out of luck" in said, said
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     state = json.loads((tmp_path / "r" / "last" / "state.json").read_text())
     assert state["step"] == 1
     assert load_file(tmp_path / "r" / "last" / "model.safetensors")
     assert len(read_metrics(tmp_path / "r")) == 1
+
+
+def test_sharded_ranks_whose_prompts_begin_alike_or_not():
+    """A forward of a common beginning on one rank alone paired its gathers with another's of other layers."""
+    status, said = torchrun(2, RANK.with_name("shard_prompts.py"))
+    assert status == 0, said
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
