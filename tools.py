@@ -105,6 +105,7 @@ class Context:
         ds = self.ds
         kinds = [i.category or i.store or "" for i in ds.items]
         self.kind_names, self.kind = np.unique(kinds, return_inverse=True)
+        self.kind_known = self.kind_names != ""  # unknown is no category to share
         self.kind_titles = [inert(name, 24) or "unknown" for name in self.kind_names]
         brands = [i.store or "" for i in ds.items]
         self.brand = np.unique(brands, return_inverse=True)[1]
@@ -214,8 +215,9 @@ def dollars(price: float) -> str:
 
 
 def get_user_profile(ctx: Context, sample: Sample) -> Observation:
-    """Long-term taste over the whole past; candidates score by how much of it went to their brand."""
+    """Long-term taste over the whole past; candidates score by how much of it went to their brand, if any is known."""
     items = ctx.ds.item[history(ctx.ds, sample, None)]
+    stores = [ctx.ds.items[i].store for i in items]
     brands = ctx.brand[items]
     counts = np.bincount(brands, minlength=ctx.brand.max() + 1) / (len(items) + 1)
     cand = np.array(sample.candidates)
@@ -223,23 +225,28 @@ def get_user_profile(ctx: Context, sample: Sample) -> Observation:
     prices = np.exp(ctx.log_price[items][~np.isnan(ctx.log_price[items])])
     written = inert(ctx.profiles.get(sample.id, ""), 400)
     text = written or (
-        f"brands {shares([ctx.ds.items[i].store for i in items])}; "
+        f"brands {shares(stores)}; "
         f"categories {shares([ctx.ds.items[i].category for i in items])}; "
         f"price {dollars(np.median(prices)) if len(prices) else 'unknown'}"
     )
-    return Observation(text, counts[ctx.brand[cand]] * known)
+    scores = counts[ctx.brand[cand]] * known
+    return Observation(text, scores if any(stores) else None)
 
 
 def get_session_behavior(ctx: Context, sample: Sample) -> Observation:
-    """How interests moved lately; candidates score by how often their category follows the last three."""
+    """How interests moved lately; candidates score by how often their category follows the last three (0.5: not known)."""
     rows = history(ctx.ds, sample)
     kinds = ctx.kind[ctx.ds.item[rows]]
     recent = kinds[-3:][::-1]
-    # older ones count less; a lift of 1 is no evidence and scores 0.5
-    drift = sum(0.7**i * np.log(ctx.lift(k)) for i, k in enumerate(recent))
-    scores = 1 / (1 + np.exp(-1.5 * drift[ctx.kind[list(sample.candidates)]]))
     moved = " > ".join(ctx.kind_titles[k] for k in kinds[-4:])
-    return Observation(f"recent {moved}", scores)
+    if not ctx.kind_known[recent].any():
+        return Observation(f"recent {moved}")
+    # older ones count less; a lift of 1 is no evidence and scores 0.5
+    drift = sum(
+        0.7**i * np.log(ctx.lift(k)) for i, k in enumerate(recent) if ctx.kind_known[k]
+    )
+    drift = (drift * ctx.kind_known)[ctx.kind[list(sample.candidates)]]
+    return Observation(f"recent {moved}", 1 / (1 + np.exp(-1.5 * drift)))
 
 
 def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
@@ -255,8 +262,10 @@ def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
     # 3.4 counts as neutral, for most ratings are high; dividing by count + 1 steadies the mean of a few
     total = np.bincount(kinds, ratings - 3.4, minlength=n_kinds)
     count = np.bincount(kinds, minlength=n_kinds)
-    scores = 0.5 + (total / (count + 1) / 2)[ctx.kind[list(sample.candidates)]]
-    return Observation("; ".join(parts), np.clip(scores, 0, 1))
+    liked = total / (count + 1) / 2 * ctx.kind_known
+    scores = np.clip(0.5 + liked[ctx.kind[list(sample.candidates)]], 0, 1)
+    known = ctx.kind_known[kinds].any()
+    return Observation("; ".join(parts), scores if known else None)
 
 
 def candidates_analyze(ctx: Context, sample: Sample) -> Observation:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -421,6 +422,41 @@ def test_tools_on_real_data_say_unknown_and_invent_nothing(real):
         for brand in re.split(r" \d+% ?", brands.removeprefix("brands "))[:-1]:
             assert any(s.startswith(brand.rstrip("…")[:10]) for s in stores)
         assert stores or brands == "brands unknown"
+
+
+BY_KIND = ("get_user_profile", "get_session_behavior", "get_rating_behavior")
+
+
+def unlabelled(world, keeps):
+    """The shop with category and brand of an item where `keeps` says so."""
+    items = [
+        item if keeps(i) else replace(item, category=None, store=None)
+        for i, item in enumerate(world.items)
+    ]
+    ds = replace(world, items=items)
+    return Context(ds, SASRec(len(items)).eval())
+
+
+def test_items_without_category_and_brand_are_no_category_of_their_own(world):
+    """All of them looked like purchases of one category, and candidates without any like more of it."""
+    none, even = unlabelled(world, lambda i: False), unlabelled(world, lambda i: i % 2)
+    scored = 0
+    for sample in world.splits["test"][:20]:
+        for name in BY_KIND:
+            text, scores = answer(none, sample, name)
+            assert scores is None and "unknown" in text and ":" not in text
+            text, scores = answer(even, sample, name)
+            past = [even.ds.items[i] for i in even.ds.item[history(even.ds, sample)]]
+            if name == "get_session_behavior":
+                past = past[-3:]
+            if scores is None:
+                assert not any(item.category for item in past)
+                continue
+            scored += 1
+            nothing = 0 if name == "get_user_profile" else 0.5
+            bare = [s for s, c in zip(scores, sample.candidates) if c % 2 == 0]
+            assert bare == [nothing] * len(bare)
+    assert scored > 40
 
 
 # -------------------------------------------------------------------------------------------------------- bad folders
