@@ -192,10 +192,14 @@ class Context:
         longest = int(np.argmax(alike))
         return int(own[longest]) if alike[longest] >= BEGINNING else None
 
-    def meant(self, item: int, title: str) -> str:
-        """The title of the item taken, where it was asked for under another."""
-        same = inert(title, self.title_limit).casefold() == self.titles[item].casefold()
-        return "" if same else f"{self.titles[item]}: "
+    def meant(self, sample: Sample, item: int, title: str) -> str:
+        """Which item was taken, where it was asked for under another title, or others of the prompt have the same."""
+        taken = self.titles[item].casefold()
+        if inert(title, self.title_limit).casefold() != taken:
+            return f"{self.titles[item]}: "
+        own = {*self.ds.item[history(self.ds, sample)].tolist(), *sample.candidates}
+        n = sum(self.titles[i].casefold() == taken for i in own)
+        return f"first of {n} titled so: " if n > 1 else ""
 
 
 # --------------------------------------------------------------------------------------------------------------- tools
@@ -294,7 +298,7 @@ def get_similar_items(ctx: Context, sample: Sample, item_title: str) -> Observat
     scores[item] = -np.inf
     nearest = np.argpartition(-scores, 2)[:2]
     near = "; ".join(ctx.title(i) for i in nearest[np.argsort(-scores[nearest])])
-    text = ctx.meant(item, item_title) + "near " + near
+    text = ctx.meant(sample, item, item_title) + "near " + near
     return Observation(text, log_rank(scores, sample.candidates))
 
 
@@ -331,7 +335,7 @@ def item_info_search(ctx: Context, sample: Sample, item_name: str) -> Observatio
     counts, _ = ctx.as_of(sample.time)
     percent = int(100 * (counts <= counts[item]).mean())
     text = f"{category}; {price}; {rated}; as popular as {percent}%"
-    return Observation(ctx.meant(item, item_name) + text)
+    return Observation(ctx.meant(sample, item, item_name) + text)
 
 
 @dataclass(frozen=True)

@@ -459,6 +459,26 @@ def test_items_without_category_and_brand_are_no_category_of_their_own(world):
     assert scored > 40
 
 
+def test_a_title_that_several_items_share_says_so(world):
+    """Titles are cut: two candidates can read the same, and the tools look at the first."""
+    sample = world.splits["test"][0]
+    a, b, other = sample.candidates[:3]
+    items = list(world.items)
+    for item, end in ((a, "Red"), (b, "Blue")):
+        items[item] = replace(
+            items[item], title=f"Zephyr Heavy Duty Envelope Box {end}"
+        )
+    ds = replace(world, items=items)
+    ctx = Context(ds, SASRec(len(items)).eval(), title_limit=28)
+    assert ctx.title(a) == ctx.title(b)
+    for name in ("item_info_search", "get_similar_items"):
+        argument = TOOLS[name].argument
+        text, _ = answer(ctx, sample, name, **{argument: ctx.title(b)})
+        assert text.startswith("first of 2 titled so: ")
+        text, _ = answer(ctx, sample, name, **{argument: ctx.title(other)})
+        assert "titled so" not in text
+
+
 # -------------------------------------------------------------------------------------------------------- bad folders
 
 GOOD_ITEMS = [
