@@ -107,6 +107,7 @@ LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
+MINED = 8  # times `slots` prompts are in flight while mining
 PAIR_ENDING = 17  # tokens with which the demonstration of a pair ends
 ENDING_WEIGHT = 4.0  # of an answer's tokens in the warm-up: others are easy or chance
 
@@ -246,7 +247,7 @@ def mined_samples(run: Run) -> list[Sample]:
 def mine_pairs(run: Run) -> None:
     """Stage 2's data: roll the stage-1 policy out once over training samples and keep its violations (Eq. 3)."""
     args, n = run.args, ranks()[1]
-    seed, slots = (args.seed, STAGE_SEED["mine"]), 8 * args.slots
+    seed, slots = (args.seed, STAGE_SEED["mine"]), MINED * args.slots
     tasks = [Task(sample) for sample in mined_samples(run)]
     with progress_bar("mining hard pairs", len(tasks) // n, "sample") as bar:
         groups = sample_groups(run, tasks, seed, slots, 1, lambda group: bar.update())
@@ -675,11 +676,21 @@ def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
-    """GB that a known model needs on each of `n` GPUs with these flags, by part."""
+    """GB that a known model needs on each of `n` GPUs with these flags, by part, and in eval.py on one GPU.
+
+    Mining and eval.py sample one answer a prompt, as many at once as MINED times `slots` and as a rollout has rows.
+    """
+    config, new = qwen3_config(name), args.max_new_tokens
     prompts = min(args.slots, -(-args.batch // n))
-    sampled = (prompts * args.group_size, prompts, args.max_new_tokens)
+    rows, mined = prompts * args.group_size, MINED * args.slots
+    if args.stage in ("all", "ppr"):
+        prompts, rows = max(prompts, mined), max(rows, mined)
     updated = (args.micro_tokens, args.lora_rank, args.grad_checkpoint)
-    return memory_need(qwen3_config(name), n, sharded, *sampled, *updated)
+    need = memory_need(config, n, sharded, rows, prompts, new, *updated)
+    rows = args.slots * args.group_size
+    alone = memory_need(config, 1, False, rows, rows, new, 0)
+    held = (alone[part] for part in ("weights", "bf16 copy", "keys, values"))
+    return need | {"evaluation": sum(held)}
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -993,8 +1004,11 @@ def main() -> None:
     rank, n = ranks()
     if args.resumed:
         restore_state(run)
-    elif args.stage != "warmup" and not args.warmup_steps and n == 1:
+    elif not (args.stage == "warmup" or args.warmup_steps or args.no_eval or n > 1):
+        run.policy.model.to("cpu")  # a GPU's memory is eval.py's for now
+        torch.cuda.empty_cache()
         evaluate(args, "--rows", "frozen")
+        run.policy.model.to(run.policy.device)
     stages = [s for s in STAGES if args.stage in ("all", s)]
     stages = [s for s in stages if s != "warmup" or args.warmup_steps]
     for stage in stages[stages.index(run.stage) if run.stage else 0 :]:

@@ -127,6 +127,19 @@ def test_memory_table_has_each_model_alone_and_sharded():
     assert lines[1] == "| Qwen3-0.6B | 4 GPUs, --shard | 403 | 15 |"
 
 
+def test_memory_counts_mining_and_the_evaluation():
+    """Both sample one answer a prompt, 32 at once, where a rollout of the paper's preset shares 4 prompts."""
+    name, flags = "Qwen/Qwen3-4B-Instruct-2507", ["--preset", "paper"]
+    need = train.memory(train.parse_args(flags), name, 4, True)
+    rta = train.memory(train.parse_args([*flags, "--stage", "rta"]), name, 4, True)
+    token = 2 * 2 * 36 * 8 * 128 / 1e9  # keys and values, 36 layers, 8 kv heads, bf16
+    answers = 32 * (6144 + 32)
+    assert need["keys, values"] == pytest.approx(token * (answers + 32 * 2532))
+    assert rta["keys, values"] == pytest.approx(token * (answers + 4 * 2532))
+    whole = 4 * need["weights"]  # fp32, of four GPUs
+    assert need["evaluation"] == pytest.approx(whole * 1.5 + need["keys, values"])
+
+
 def test_memory_of_the_whole_copy_is_what_sampling_from_it_holds(policy):
     """Under --shard: bf16 matrices, embeddings in fp32, and once more in bf16 the head that is tied to them."""
     whole = copy.deepcopy(policy)
