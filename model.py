@@ -349,9 +349,9 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def checkpoint_layers(policy: Policy) -> None:
     """Keep only each layer's input for the backward and compute the rest again: less memory, a third more work."""
-    policy.model.gradient_checkpointing_enable(
-        {"use_reentrant": False, "preserve_rng_state": False}
-    )
+    old = policy.model.gradient_checkpointing_enable  # in older transformers
+    enable = getattr(policy.model, "activation_checkpointing_enable", old)
+    enable({"use_reentrant": False, "preserve_rng_state": False})
     for module in policy.model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # transformers checkpoints in training mode only
