@@ -110,7 +110,12 @@ def install() -> None:
         copy.load_state_dict({name: held(x) for name, x in merged.state_dict().items()})
         save(replace(policy, model=copy), folder)
 
-    torch.tensor = new_tensor
+    def mask(queries, keys):
+        """causal_lower_right, whose class a dispatch mode cannot make."""
+        ones = torch.ones(queries, keys, dtype=torch.bool, device="emu")
+        return ones.tril(keys - queries)
+
+    torch.tensor, model.causal_lower_right = new_tensor, mask
     train.load_policy, train.save_policy = load_policy, save_policy
 
 

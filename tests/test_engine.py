@@ -130,6 +130,21 @@ def test_what_all_prompts_begin_with_is_computed_once(policy, monkeypatch):
     assert seen[4:] == [[86, 74, 71], [9, 23, 1, 4, 12, 3]], "two forwards, always"
 
 
+def test_attention_of_the_last_tokens_looks_back_only():
+    """Where torch's own kernels attend, on a GPU or over long sequences: 7 of 12 tokens, each kv head for two heads."""
+    q, k, v = (torch.randn(1, h, t, 16).double() for h, t in ((4, 7), (2, 12), (2, 12)))
+    every = [x.requires_grad_() for x in (q, k, v)]
+    found = model_module.whole_attention(*every, 0.3)
+    keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    hidden = torch.ones(7, 12, dtype=torch.bool).triu(6)
+    scores = (0.3 * q @ keys.mT).masked_fill(hidden, -torch.inf)
+    want = scores.softmax(-1) @ values
+    assert torch.allclose(found, want)
+    weight = torch.randn_like(want)
+    one, two = (torch.autograd.grad((x * weight).sum(), every) for x in (found, want))
+    assert all(torch.allclose(a, b) for a, b in zip(one, two))
+
+
 def test_sampling_behind_a_shared_beginning(policy, monkeypatch):
     prompts, seen = alike([[3, 9, 4], [8], [9, 9]]), forwarded(monkeypatch)
     batch = RaggedBatch(policy, 4, 1)
