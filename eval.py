@@ -185,10 +185,8 @@ def best_subset(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     for on in itertools.product((0.0, 1.0), repeat=scores.shape[1]):
         total = np.einsum("ntc,t->nc", scores, on)
         own = np.take_along_axis(total, targets[:, None], 1)
-        rank = (
-            0.5 + (total > own).sum(1) + (total == own).sum(1) / 2
-        )  # its own tie is 1
-        found.append((np.mean(1 / np.log2(1 + rank)), on))
+        ahead, equal = (total > own).sum(1), (total == own).sum(1) - 1
+        found.append((np.mean(1 / np.log2(2 + ahead + equal / 2)), on))
     return np.array(max(found)[1])
 
 

@@ -50,11 +50,11 @@ class Packed:
     """Past of sequences that lie in one row without padding; each is causal and sees what is `before` it.
 
     before: for each layer and sequence, the keys and values ahead of it in one or more parts [K, T, D].
-    bias: [S, T + S] of the longest and SHAPE_STEP more, -inf where a token may not look.
+    bias: [S, T + S] of the longest and SHAPE_STEP more, -inf where a token may not look; on a CPU only.
     new: gathers the keys and values [K, N, D] of the row, layer by layer.
     """  # no dataclass: fully_shard copies dataclasses, and their lists, at every layer
 
-    def __init__(self, lengths: list[int], bias: Tensor, before=None):
+    def __init__(self, lengths: list[int], bias: Tensor | None, before=None):
         self.lengths, self.bias, self.before = lengths, bias, before
         self.new: dict[int, LayerKV] = {}
 
@@ -111,11 +111,11 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
     On a CPU a block of queries at a time, which no key behind its last one concerns: half of the scores never exist.
     """
     (H, S, D), K, T = q.shape, len(keys[0]), sum(x.shape[1] for x in keys)
-    R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
     # elsewhere, and for long sequences, torch has kernels that never hold the scores
     if q.device.type != "cpu" or H * S * T > 2**25:
         k, v = torch.cat(keys, 1), torch.cat(values, 1)
         return whole_attention(q[None], k[None], v[None], scaling)[0]
+    R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
     # in bf16 few shapes: each new one is compiled, for 0.7 ms
     step = SHAPE_STEP if q.dtype == torch.bfloat16 else 1
     q = F.pad(q, (0, 0, 0, -S % step))
@@ -366,9 +366,10 @@ def forward_packed(
     """
     lengths, device = list(map(len, sequences)), policy.device
     dtype = model.dtype if policy.dtype == torch.float32 else policy.dtype
-    S, behind = max(lengths) + SHAPE_STEP, max(starts)
-    bias = torch.full((S, behind + S), -torch.inf, dtype=dtype, device=device)
-    past = Packed(lengths, bias.triu_(behind + 1), before)
+    S, behind, bias = max(lengths) + SHAPE_STEP, max(starts), None
+    if device.type == "cpu":  # elsewhere attention has no need of it
+        bias = torch.full((S, behind + S), -torch.inf, dtype=dtype).triu_(behind + 1)
+    past = Packed(lengths, bias, before)
     ids = torch.tensor([[t for s in sequences for t in s]], device=device)
     places = [p for first, n in zip(starts, lengths) for p in range(first, first + n)]
     places = torch.tensor([places], device=device)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import train
 from grpo import accumulate
-from model import TrainRow, load_policy
+from model import TrainRow, find_model, load_policy
 
 rng = np.random.default_rng(0)
 COMMON, *OWN = (rng.integers(300, 900, n).tolist() for n in (100, 3, 9, 70))
@@ -29,7 +29,7 @@ ROWS = [
 
 def gradients(mine: range) -> dict[str, torch.Tensor]:
     """Each parameter's gradient of the ranks' rows together; rows of a prompt pull in opposite directions."""
-    policy = load_policy("assets/tiny-agent")
+    policy = load_policy(find_model("assets/tiny-agent"))
     flags = types.SimpleNamespace(device="cpu")
     run = types.SimpleNamespace(policy=policy, args=flags, score=None)
     if dist.is_initialized():
