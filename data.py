@@ -274,9 +274,9 @@ BRANDS = "Norvik Kallo Bexley Tamaro Ostia Quill Merino Zephyr Halden Ivory Jasp
 ADJECTIVES = "Fine Bold Mini Grand Classic Matte Clear Blue Red Green Grey Slim Heavy Eco Pro Soft Quick Duo Prime Basic"
 STYLES, BANDS = 8, 4  # hidden styles of items; price bands
 # what can drive a simulated user; the utility of a full match; how often it is the main driver
-EVIDENCE = "brand", "project", "price", "complement", "taste", "rating"
-STRENGTH = np.array([7.0, 6.5, 5.5, 8.0, 5.5, 6.5])
-FREQUENCY = np.array([0.4, 0.26, 0.03, 0.14, 0.05, 0.12])
+EVIDENCE = "brand", "project", "price", "series", "taste", "rating"
+STRENGTH = np.array([7.0, 6.5, 5.5, 7.0, 5.5, 6.5])
+FREQUENCY = np.array([0.36, 0.20, 0.03, 0.25, 0.04, 0.12])
 DAY = 86_400_000
 LENGTH = (8, 16)
 
@@ -299,10 +299,9 @@ def make_catalogue(rng: Generator, n_items: int = 1800) -> tuple[list[Item], dic
         stars = round(float(rng.uniform(3.4, 4.9)), 1)
         items.append(Item(f"SIM{i:04d}", title, brands[b], category, price, stars))
         places = PROJECTS.index(project), CATEGORIES.index(category)
-        hidden.append((b, *places, band, rng.integers(STYLES)))
-    names = "brand", "project", "category", "band", "style"
+        hidden.append((b, a, *places, band, rng.integers(STYLES)))
+    names = "brand", "series", "project", "category", "band", "style"
     prop = dict(zip(names, np.array(hidden).T))
-    prop["complement"] = np.stack([rng.permutation(n_items)[:3] for _ in items])
     prop["appeal"] = 0.2 * rng.normal(size=n_items)
     number = np.exp(4 + prop["appeal"] * 4 + 0.3 * rng.normal(size=n_items))
     return [replace(i, rating_number=int(n)) for i, n in zip(items, number)], prop
@@ -353,18 +352,17 @@ def purchases(rng: Generator, prop: dict, users: tuple) -> list[np.ndarray]:
     everyone = np.arange(n_users)
     length = rng.integers(*LENGTH, size=n_users)
     start = rng.uniform(0, 0.25, size=n_users)
-    owned, follows = np.zeros(lasting.shape, bool), np.zeros(lasting.shape)
+    owned, goes = np.zeros(lasting.shape, bool), np.zeros(lasting.shape, bool)
     steps: list[tuple[np.ndarray, ...]] = []
     for step in range(length.max()):
         moves = rng.random(n_users) < 0.15
         project = np.where(moves, rng.integers(len(PROJECTS), size=n_users), project)
         busy = prop["project"] == project[:, None]
-        utility = lasting + drive[:, [1]] * busy + drive[:, [3]] * follows
+        utility = lasting + drive[:, [1]] * busy + drive[:, [3]] * goes
         noisy = utility + rng.gumbel(size=utility.shape)
         item = np.where(owned, -np.inf, noisy).argmax(1)
         owned[everyone, item] = True
-        follows.fill(0)
-        np.put_along_axis(follows, prop["complement"][item], 1.0, axis=1)
+        goes = prop["series"] == prop["series"][item][:, None]
         liked = love[everyone, prop["category"][item]]
         rating = 3.6 + 1.2 * liked + 0.7 * rng.normal(size=n_users)
         done = (1 - start) * (step + rng.uniform(0.1, 0.9, n_users)) / length

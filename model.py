@@ -698,7 +698,7 @@ TINY_TEMPLATE = (
     "{% if add_generation_prompt %}<|agent|>{% endif %}"
 )
 TINY_PIECES = (  # what the byte-level BPE may not merge across: a call, a score, a number and a word are units
-    r'\{"name": "[a-z_]+", "arguments": \{(?:"[a-z_]+": ")?|"?\}\}|\\boxed\{\[?|\]\}|:\d(?!\d) ?| \(\d\)|'
+    r'\{"name": "[a-z_]+", "arguments": \{(?:"[a-z_]+": ")?|"?\}\}|\\boxed\{\[?|\]\}|:\d{1,2}(?!\d) ?| \(\d\)|'
     r" ?\d{1,2}| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+"
 )
 

@@ -126,7 +126,7 @@ def system_prompt(tools: tuple[str, ...], k: int, strategy: str = "react") -> st
 def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
     """History with ratings, latest first, the numbered candidates, and the question."""
     lines = ["History:", *rated(ctx, history(ctx.ds, task.sample)[::-1]), "Candidates:"]
-    lines += [f"{n}. {ctx.title(c)}" for n, c in enumerate(task.sample.candidates, 1)]
+    lines += [f"{ctx.title(c)} = {n}" for n, c in enumerate(task.sample.candidates, 1)]
     if not tools:
         lines.append("No tools.")
     if task.pair:
@@ -538,7 +538,7 @@ TOPIC = {  # what a demonstration's thought calls each tool
     "get_similar_items": "What goes with it",
     "get_similar_users": "Similar users",
 }
-TRUST = {"low": 1, "medium": 2, "high": 4}
+SERIES = "Series"  # the thought that reads the titles themselves; no tool does
 
 
 def demonstrate(
@@ -547,99 +547,149 @@ def demonstrate(
     task: Task,
     k: int,
     rng: np.random.Generator,
-    max_calls: int = 4,
+    max_steps: int = 4,
     hasty: bool = False,
     allowed: tuple[str, ...] = ALL_TOOLS,
 ) -> Trajectory:
-    """A scripted trajectory for the warm-up: random `allowed` tools, random trust in each, an answer that follows exactly.
+    """A scripted trajectory for the warm-up: random evidence, and an answer that follows from it exactly.
 
-    The thought before a call states how much its scores will count; the answer sorts the candidates by the sum of
-    trust x digit over the observations, equal sums as in the first list. Which tools and how much trust pay is left
-    to learning. There are 0 to `max_calls` calls, at least one for a pair; half of the `hasty` rankings make no call,
-    the others 0 to `max_calls` - 1. Whatever follows from these choices is always the same: chance there would only be
-    noise to learn. An agent that has no tools ranks at random: all of it is left to learning.
+    Evidence is what one of the `allowed` tools shows, or a thought that finds the candidates of the last purchase's
+    series (`read_titles`); what is asked for twice counts twice. The answer adds up each candidate's scores and sorts by
+    the sums. Which evidence pays is left to learning. There are 0 to `max_steps` pieces, at least one for a pair; half of
+    the `hasty` rankings look at none, the others at 0 to `max_steps` - 1. Whatever follows from these choices is always
+    the same: chance there would only be noise to learn. An agent that has no tools ranks at random what it knows nothing of.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
-    n_calls = rng.integers(bool(task.pair), max_calls + 1)
+    n_steps = rng.integers(bool(task.pair), max_steps + 1)
     if hasty and not task.pair:
-        n_calls = rng.integers(2) * rng.integers(max_calls)
-    names = rng.permutation(allowed)[: n_calls if tools else 0]
-    if rng.random() < 0.1:  # some tools are asked twice
-        names = rng.choice(allowed, len(names))
-    n_candidates = len(task.sample.candidates)
-    total, first = np.zeros(n_candidates, int), np.arange(n_candidates)
-    if not allowed:
-        first = rng.permutation(n_candidates)
-    weight = 0
+        n_steps = rng.integers(2) * rng.integers(max_steps)
+    choices = [*tools, SERIES]
+    names = rng.permutation(choices)[:n_steps]
+    if rng.random() < 0.1:  # some are asked for twice
+        names = rng.choice(choices, len(names))
+    total = np.zeros(len(task.sample.candidates), int)
     for name in map(str, names):
-        trust = str(rng.choice(list(TRUST)))
-        leader = task.sample.candidates[first[np.argmax(total[first])]]
-        call = scripted_call(ctx, task.sample, name, leader, rng)
-        thought = TOPIC.get(name, name)
-        thought += f": {trust}" if name != "item_info_search" else ""
+        if name == SERIES:
+            thought, shown = read_titles(ctx, task.sample)
+            write(policy, t, thought)
+            total += shown
+            continue
+        call = scripted_call(ctx, task.sample, name, rng)
         # titles as the prompt has them
         spoken = json.dumps(vars(call), ensure_ascii=False)
-        write(policy, t, f"<think>{thought}</think><tool_call>{spoken}</tool_call>")
+        thought = f"<think>{TOPIC.get(name, name)}</think>"
+        write(policy, t, f"{thought}<tool_call>{spoken}</tool_call>")
         found = run(ctx, t, call)
         append_observation(t, observe(policy, found.render()))
         if found.scores is not None:
-            shown = digits(found.scores)
-            if not total.any():
-                first = np.argsort(-shown, kind="stable")
-            total += TRUST[trust] * shown
-            weight += TRUST[trust]
-    ranking = (first[np.argsort(-total[first], kind="stable")] + 1).tolist()
-    conclude(policy, t, ranking, np.rint(total / max(1, weight)).astype(int), k)
+            total += digits(found.scores)
+    first = np.arange(len(total)) if allowed else rng.permutation(len(total))
+    conclude(policy, t, total, first, k)
     return t
 
 
-def scripted_call(ctx: Context, sample: Sample, name: str, leader: int, rng) -> Call:
-    """A call about the leader for details and the last purchase otherwise; now and then a slip, so that errors are nothing new."""
+def series_of(title: str) -> str:
+    """The word after the brand, by which shops name a series or model; "" in a title of fewer than three words."""
+    words = title.split()
+    return words[1] if len(words) > 2 else ""
+
+
+def read_titles(ctx: Context, sample: Sample) -> tuple[str, np.ndarray]:
+    """A thought that lists the candidates of the last purchase's series, and [20] 9 for each of them; "" if it has none."""
+    series = series_of(ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]]))
+    same = [bool(series) and series_of(ctx.title(c)) == series for c in sample.candidates]
+    return series_thought(series, np.flatnonzero(same) + 1), 9 * np.array(same)
+
+
+def series_thought(series: str, numbers) -> str:
+    """Each of the numbers after the word that it was found by, then their scores as tools show them."""
+    if not series:
+        return ""
+    found = f" {series}".join(f" {n}" for n in numbers) or " none"
+    scores = " ".join(f"{n}:9" for n in numbers)
+    return f"<think>{SERIES} {series}{found}\n{scores}</think>"
+
+
+def scripted_call(ctx: Context, sample: Sample, name: str, rng) -> Call:
+    """A call about the last purchase; now and then a slip, so that errors are nothing new."""
     past = ctx.ds.item[history(ctx.ds, sample)]
-    item = leader if name == "item_info_search" else past[-1]
-    argument = TOOLS[name].argument
-    title = ctx.title(int(item))
+    argument, title = TOOLS[name].argument, ctx.title(int(past[-1]))
     if rng.random() < 0.04:  # its first word, then another title's
         title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
     return Call(name, {argument: title} if argument else {})
 
 
 def conclude(
-    policy: Policy, t: Trajectory, ranking: list[int], means: np.ndarray, k: int
+    policy: Policy, t: Trajectory, total: np.ndarray, first: np.ndarray, k: int
 ) -> None:
-    """Write the answer that follows from a ranking of all candidates: its top k, or the letter asked for.
+    """Write the answer that follows from all candidates' [20] sums, ties in the order `first`: the top k, or a letter.
 
-    One step at a time: a small agent that has to name the letter at once never learns to. So its last thought gives
-    the mean score of both options, says which is ahead, and then which is asked for.
+    One step at a time, since a small agent that has to rank or to name the letter at once never learns to: the sums,
+    which candidate of a pair is ahead, which is asked for.
     """
-    task, thought = t.task, ""
+    task, ranking = t.task, (first[np.argsort(-total[first], kind="stable")] + 1).tolist()
     if task.pair:
         x, y = "AB" if min(task.pair, key=ranking.index) == task.pair[0] else "BA"
         t.answer = boxed = x if task.more else y
-        scores = " ".join(f"{n}:{means[n - 1]}" for n in task.pair)
-        thought = f"<think>{scores} {x}>{y}; {task.asked}={t.answer}</think>"
+        scores = " ".join(f"{n}:{total[n - 1]}" for n in task.pair)
+        reasons = f"{scores} {x}>{y}; {task.asked}={t.answer} "
     else:
         t.answer = ranking[:k]
-        boxed = f"[{','.join(map(str, t.answer))}]"
-    write(policy, t, f"{thought}<answer>\\boxed{{{boxed}}}</answer>")
+        reasons, boxed = sums(total), f"[{','.join(map(str, t.answer))}]"
+    write(policy, t, f"<answer>{reasons}\\boxed{{{boxed}}}</answer>")
     t.end = "answer"
 
 
-def exercise(policy: Policy, rng: np.random.Generator, n: int = 20) -> TrainRow:
-    """A list of scores as tools show it, and again in another order; the scores there are the action tokens.
+def sums(total: np.ndarray) -> str:
+    """Each candidate's sum, in their order; nothing where there is no evidence."""
+    listed = "".join(f"{i}:{x} " for i, x in enumerate(total, 1))
+    return listed if total.any() else ""
 
-    Demonstrations are too sparse to teach a new model to look up what followed a number; such lists do in 60 steps.
+
+def exercises(policy: Policy, ctx: Context, pool, rng, n: int, lists: int, k: int) -> list:
+    """n rows that practise one thing at a time: adding up at most so many lists, or finding the titles of a series.
+
+    Demonstrations are too sparse to teach a new model to look things up; such rows do, as nearly every token of theirs
+    depends on a look-up.
     """
-    scores = -np.sort(-rng.integers(10, size=n))
-    entries = [(f"{k}", f":{x} ") for k, x in zip(rng.permutation(n) + 1, scores)]
-    ids = policy.encode("".join(number + score for number, score in entries))
-    mask = [0] * len(ids)
-    for i in rng.permutation(n):
-        for text, action in zip(entries[i], (0, 1)):
-            piece = policy.encode(text)
-            ids, mask = ids + piece, mask + [action] * len(piece)
-    return TrainRow(0, ids, mask)
+    found = [add_up(policy, rng, rng.integers(1, lists + 1), k) for _ in range(n // 2 + 1)]
+    for _ in range(n - len(found)):
+        two = (pool[rng.integers(len(pool))].candidates for _ in range(2))
+        titles, others = ([ctx.title(c) for c in cs] for cs in two)
+        found.append(find_series(policy, rng, titles, others))
+    return found
+
+
+def add_up(policy: Policy, rng, lists: int, k: int, n: int = 20) -> Trajectory:
+    """Lists of scores as tools show them, then the answer that adds them up; its tokens are the actions."""
+    t, total = Trajectory(Task(None), policy.encode("Again:")), np.zeros(n, int)
+    for _ in range(lists):
+        scores = rng.integers(10, size=n) * (rng.random(n) < rng.uniform(0.2, 1.2))
+        order = np.argsort(-scores, kind="stable")
+        shown = " ".join(f"{i + 1}:{scores[i]}" for i in order)
+        text = f"<observation>\n{shown}</observation>"
+        if rng.random() < 0.2:
+            numbers = np.flatnonzero(rng.random(n) < 0.1) + 1
+            scores, text = np.zeros(n, int), series_thought("Duo", numbers)
+            scores[numbers - 1] = 9
+        append_observation(t, policy.encode(text))
+        total += scores
+    conclude(policy, t, total, np.arange(n), k)
+    return t
+
+
+def find_series(policy: Policy, rng, titles: list[str], others: list[str]) -> Trajectory:
+    """Numbered titles as in a prompt, then which numbers are of a series, asked of theirs and of others."""
+    lines = [f"{title} = {n}" for n, title in enumerate(titles, 1)]
+    t = Trajectory(Task(None), policy.encode("\n".join(["Candidates:", *lines, "Rank."])))
+    names = [series_of(title) for title in titles]
+    for name in rng.permutation(sorted({*names, *map(series_of, others)} - {""})):
+        numbers = [i for i, x in enumerate(names, 1) if x == name]
+        asked, found, scores = series_thought(str(name), numbers).partition(str(name))
+        append_observation(t, policy.encode(asked + found))
+        write(policy, t, scores)
+    return t
 
 
 def write(policy: Policy, t: Trajectory, text: str) -> None:
@@ -673,5 +723,5 @@ def demonstration_texts(ctx: Context, samples: list[Sample], k: int) -> list[str
     collector, rng = TextCollector(), np.random.default_rng(0)
     for i, sample in enumerate(samples):
         task = Task(sample, (3, 5) if i % 4 == 0 else None, i % 8 == 0)
-        demonstrate(collector, ctx, task, k, rng, max_calls=6)
+        demonstrate(collector, ctx, task, k, rng, max_steps=6)
     return collector.texts

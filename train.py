@@ -89,7 +89,7 @@ from rollout import (
     Trajectory,
     demonstrate,
     demonstration_texts,
-    exercise,
+    exercises,
     profile_prompt,
     rollout,
     trained_tools,
@@ -108,8 +108,7 @@ LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 MINED = 8  # times `slots` prompts are in flight while mining
-PAIR_ENDING = 17  # tokens with which the demonstration of a pair ends
-ENDING_WEIGHT = 4.0  # of an answer's tokens in the warm-up: others are easy or chance
+ENDING_WEIGHT = 2.0  # of an answer's tokens in the warm-up: others are easy or chance
 
 
 @dataclass
@@ -265,33 +264,42 @@ def mine_pairs(run: Run) -> None:
 def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     """The prompts and rows of one step of the warm-up, and for each row whether it answers about a pair.
 
-    Curriculum: exercises, if any; then one call (copying), up to two, and up to five (adding up); in the last tenth half of
-    the rankings are given at once, so that the agent can use many tools and has to find out that it pays, and which.
+    Curriculum: exercises, if any; then demonstrations with up to one, two and five pieces of evidence, half of the rows
+    still exercises. In the last tenth there are none, and half of the rankings are given at once, so that the agent can
+    use many tools and has to find out that it pays, and which.
     """
     args = run.args
     rng = np.random.default_rng([args.seed, STAGE_SEED["warmup"], step])
-    if step < args.exercise_steps:
-        n = args.batch * args.group_size
-        rows = [exercise(run.policy, rng) for _ in range(n)]
-        return [run.policy.encode("Again:")], rows, [False] * n
-    progress = (step - args.exercise_steps) / (args.warmup_steps - args.exercise_steps)
     pool = run.ds.splits["fit"] + run.ds.splits["train"]
-    max_calls = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
-    script = (args.k, rng, max_calls, progress > 0.9, trained_tools(vars(args)))
+    first = args.exercise_steps
+    progress = (step - first) / (args.warmup_steps - first)
+    max_steps = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
+    script = (args.k, rng, max_steps, progress > 0.9, trained_tools(vars(args)))
+    practise = args.batch if step < first else args.batch // 2 if first else 0
     prompts, rows, paired = [], [], []
-    for _ in range(args.batch):
-        sample, pair = pool[rng.integers(len(pool))], None
-        if rng.random() < 0.25:
-            two = rng.permutation(len(sample.candidates))[:2] + 1
-            pair = tuple(two.tolist())
-        task = Task(sample, pair, bool(rng.random() < 0.5))
-        for _ in range(args.group_size):
-            t = demonstrate(run.policy, run.ctx, task, *script)
+    for i in range(args.batch):
+        if i < practise and progress < 0.9:
+            lists = 1 + int(6 * min(1, step / first))
+            found = exercises(run.policy, run.ctx, pool, rng, args.group_size, lists, args.k)
+        else:
+            found = demonstrations(run, pool, rng, script)
+        for t in found:
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
-            paired.append(pair is not None)
+            paired.append(t.task.pair is not None)
     return prompts, rows, paired
+
+
+def demonstrations(run: Run, pool, rng, script: tuple) -> list[Trajectory]:
+    """A group of scripted trajectories of one task."""
+    sample, pair = pool[rng.integers(len(pool))], None
+    if rng.random() < 0.25:
+        two = rng.permutation(len(sample.candidates))[:2] + 1
+        pair = tuple(two.tolist())
+    task = Task(sample, pair, bool(rng.random() < 0.5))
+    group = range(run.args.group_size)
+    return [demonstrate(run.policy, run.ctx, task, *script) for _ in group]
 
 
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
@@ -300,7 +308,8 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     prompts, rows, paired = warmup_demonstrations(run, step)
     n_actions = sum(sum(r.action_mask) for r in rows)
     own = my_share([len(r.ids) for r in rows])
-    endings = [PAIR_ENDING if pair else 2 * args.k + 2 for pair in paired]
+    begin = run.policy.encode("<answer>")[0]
+    endings = [len(r.ids) - r.ids.index(begin) if begin in r.ids else 0 for r in rows]
     counts = [sum(rows[i].action_mask) for i in own]
     weights = []
     for i, n in zip(own, counts):
@@ -318,7 +327,7 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * left))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
     if step >= args.exercise_steps:
-        metrics["answer_loss"] = lists / args.k / max(1, len(rows) - n_pairs)
+        metrics["answer_loss"] = lists / max(1, len(rows) - n_pairs)
         metrics["pair_loss"] = pairs / max(1, n_pairs)
     metrics |= update(run, lr)
     metrics["tokens"] = sum(len(r.ids) for r in rows)
@@ -726,7 +735,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("temperature", float, (0.6, 0.6), "of sampling"),
     ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
     ("teach-form", bool, True, "greedy answers learn from the invalid ones"),
-    ("max-new-tokens", int, (640, 6144), "of a trajectory with its observations"),
+    ("max-new-tokens", int, (800, 6144), "of a trajectory with its observations"),
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to so many characters"),
     ("k", int, 10, "length of the ranking, K (paper: 10)"),
