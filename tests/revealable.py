@@ -4,7 +4,7 @@
 
 The oracle knows each user's hidden taste. This script trains a small network on other simulated users (another seed of
 the same shop) that sees, for each candidate, how it matches the visible history on every hidden property of the shop
-(brand, price band, style, project, complements, rated categories). It is as close to the best possible use of the history
+(brand, price band, style, project, series, rated categories). It is as close to the best possible use of the history
 as we can get by learning, so its N@10 on the test split is an estimate (from below) of what a history can reveal.
 """
 
@@ -33,8 +33,9 @@ def features(ds, prop, samples):
                 counts.max() / n,
                 (prop[name][past][1:] == prop[name][past][:-1]).mean() if n > 1 else 0,
             ]
-        follows = [past[i + 1] in prop["complement"][past[i]] for i in range(n - 1)]
-        columns.append(np.isin(cand, prop["complement"][past[-1]]).astype(float))
+        series = prop["series"]
+        follows = series[past[1:]] == series[past[:-1]]
+        columns.append((series[cand] == series[past[-1]]).astype(float))
         columns.append(
             np.abs(prop["band"][cand][:, None] - prop["band"][past][None]).mean(1)
         )
@@ -44,7 +45,7 @@ def features(ds, prop, samples):
             prop["appeal"][cand],
         ]
         habits += [
-            np.mean(follows) if follows else 0.0,
+            np.mean(follows) if n > 1 else 0.0,
             rating.mean() / 5,
             rating.std(),
         ]

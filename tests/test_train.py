@@ -12,6 +12,10 @@ from rank import shrink
 from safetensors.torch import load_file
 
 import train
+from data import Sample
+from rollout import Task, add_up, find_series, parse_answer
+
+SAMPLE = Sample(0, 0, 0, tuple(range(20)), 0)
 
 
 @pytest.fixture
@@ -231,16 +235,33 @@ def test_a_new_agent_has_the_width_and_layers_asked_for(small, monkeypatch, tmp_
     )
 
 
-def test_exercises_ask_for_what_followed_a_number():
+def test_an_exercise_adds_up_the_lists_it_shows():
     policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
-    row = train.exercise(policy, np.random.default_rng(0))
-    text, once = policy.decode(row.ids), row.action_mask.index(1) - 1
-    entries = re.findall(r"(\d+):(\d) ", text)
-    assert len(entries) == 40 and set(entries[:20]) == set(entries[20:])
-    assert entries[:20] != entries[20:] and len({n for n, _ in entries}) == 20
-    assert policy.decode(row.ids[:once]).strip().endswith(":".join(entries[19]))
-    asked = [policy.decode([t]) for t, m in zip(row.ids, row.action_mask) if m]
-    assert asked == [f":{score} " for _, score in entries[20:]]
+    for seed in range(20):
+        t = add_up(policy, np.random.default_rng(seed), 3, k=10)
+        given = policy.decode([x for x, m in zip(t.ids, t.action_mask) if not m])
+        asked = policy.decode([x for x, m in zip(t.ids, t.action_mask) if m])
+        total = dict.fromkeys(map(str, range(1, 21)), 0)
+        for n, score in re.findall(r"(\d+):(\d)", given):
+            total[n] += int(score)
+        listed, _, boxed = asked.partition("\\boxed")
+        assert re.findall(r"(\d+):(\d+)", listed) == [(n, str(x)) for n, x in total.items()]
+        best = sorted(total, key=lambda n: -total[n])[:10]  # ties by number
+        assert re.findall(r"\d+", boxed) == best
+        assert parse_answer(policy.decode(t.ids), Task(SAMPLE), 10) == [*map(int, best)]
+
+
+def test_an_exercise_finds_the_titles_of_a_series():
+    policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
+    titles = ["Kallo Bold Tray", "Pavo Red Tray", "Plain", "Ostia Bold Bold Red Ink"]
+    others = ["Norvik Eco Pin", "Pavo Red Box"]
+    t = find_series(policy, np.random.default_rng(0), titles, others)
+    found = set(re.findall("<think>(.*?)</think>", policy.decode(t.ids), re.DOTALL))
+    bold = "Series Bold 1 Bold 4\n1:9 4:9"
+    assert found == {bold, "Series Red 2\n2:9", "Series Eco none\n"}
+    asked = policy.decode([x for x, m in zip(t.ids, t.action_mask) if m])
+    assert " 1 Bold 4\n1:9 4:9</think>" in asked and "Series" not in asked
+    assert policy.decode(t.prompt).splitlines()[1] == "Kallo Bold Tray = 1"
 
 
 def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
@@ -249,8 +270,7 @@ def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
     run_main(monkeypatch, *flags, "--out", tmp_path / "r")
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     practice, demonstrations = map(json.loads, lines)
-    assert practice["tokens"] < 4 * 200 and "answer_loss" not in practice
-    assert "answer_loss" in demonstrations
+    assert "answer_loss" not in practice and "answer_loss" in demonstrations
 
 
 def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
