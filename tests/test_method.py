@@ -549,11 +549,11 @@ def test_titles_in_the_prompt_are_inert(nasty, assert_inert):
         text = user_prompt(nasty, Task(s), ALL_TOOLS)
         assert_inert(text)
         lines = text.split("\n")
-        assert len(lines) == n + 23 and max(map(len, lines)) <= 64
+        assert len(lines) == n + 23 and max(map(len, lines)) <= 65
         assert (lines[0], lines[n + 1], lines[-1]) == ("History:", "Candidates:", "Rank.")  # fmt: skip
         assert all(re.fullmatch(r"\S.* \([1-5]\)", line) for line in lines[1 : n + 1])
         for number, line in enumerate(lines[n + 2 : -1], 1):
-            assert re.fullmatch(rf"{number}\. \S.*", line)
+            assert re.fullmatch(rf"\S.* = {number}", line)
 
 
 def test_observations_of_all_tools_are_inert(nasty, assert_inert):
