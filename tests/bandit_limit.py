@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/bandit_limit.py        # four minutes on one core
 
-A table stands in for the agent: for each tool the chance of no call and of low, medium and high trust in it (28 numbers,
-not 2.6 million), the same for all users. It cannot write an invalid answer or add up wrongly: the ranking sorts by the sum
-of trust x digit, as the warm-up's demonstrations do. Samples, observations, reward (Eq. 1), advantages (Eq. 6) and
+A table stands in for the agent: for each tool, and for reading the titles, the chance of asking not at all, once and
+twice (24 numbers, not 2.6 million), the same for all users. It cannot write an invalid answer or add up wrongly: the
+ranking sorts by the sum of what was shown, as the warm-up's demonstrations do. Samples, observations, reward (Eq. 1), advantages (Eq. 6) and
 temperature are those of `python train.py`; the learning rate is the best of three on the validation split. Beside it
 `learned_fusion`, which is told the positive of every sample instead of a reward for a sampled ranking. Printed: N@10 of
 the likeliest choices on the 1,000 test samples of the README's results, ten seeds each.
@@ -15,12 +15,12 @@ import numpy as np
 from data import load_dataset
 from eval import all_tool_scores, fit_fusion
 from grpo import BONUS, NOT_RANKED, group_advantages
-from rollout import TRUST
+from rollout import read_titles
 from sasrec import train_sasrec
 from tools import Context, digits
 
 K, G, TEMPERATURE, SEEDS = 10, 8, 0.6, 10
-LEVELS = np.array(list(TRUST.values()))
+TIMES = np.arange(3)  # not at all, once, twice
 
 
 def ndcg_of(totals: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -37,21 +37,21 @@ def draw(chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def gradient(logits: np.ndarray, shown: np.ndarray, target: int, rng) -> np.ndarray:
-    """Eq. 6 for one sample: [tools, 4] from G sampled choices of "no call" or a trust for each tool."""
+    """Eq. 6 for one sample: [tools, 3] from G sampled choices of how often to ask each tool."""
     chances = np.exp(logits / TEMPERATURE)
     chances /= chances.sum(1, keepdims=True)
     choice = draw(chances, rng)
-    totals = np.array([0, *LEVELS])[choice] @ shown  # G, 20
+    totals = TIMES[choice] @ shown  # G, 20
     score = ndcg_of(totals, np.full(G, target))
     reward = np.where(score > 0, score + BONUS * (score == 1), NOT_RANKED)
     advantage = group_advantages(reward[None])[0]
-    taken = np.eye(4)[choice] - chances  # G, tools, 4: d log p / d logits, times T
+    taken = np.eye(len(TIMES))[choice] - chances  # G, tools, 3: d log p / d logits, times T
     return np.einsum("g,gtc->tc", advantage, taken) / G / TEMPERATURE
 
 
 def train(shown, targets, steps: int, batch: int, lr: float, seed: int) -> np.ndarray:
     """[tools] weights of the likeliest choices after `steps` of Adam with a linearly falling rate."""
-    rng, logits = np.random.default_rng(seed), np.zeros((shown.shape[1], 4))
+    rng, logits = np.random.default_rng(seed), np.zeros((shown.shape[1], len(TIMES)))
     mean, square = np.zeros_like(logits), np.zeros_like(logits)
     for step in range(steps):
         chosen = rng.choice(len(targets), batch, replace=False)
@@ -60,7 +60,7 @@ def train(shown, targets, steps: int, batch: int, lr: float, seed: int) -> np.nd
         mean, square = 0.9 * mean + 0.1 * g, 0.95 * square + 0.05 * g * g
         size = np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-8
         logits += lr * (1 - step / steps) * mean / (1 - 0.9 ** (step + 1)) / size
-    return np.array([0, *LEVELS])[logits.argmax(1)]
+    return TIMES[logits.argmax(1)]
 
 
 def main() -> None:
@@ -74,8 +74,10 @@ def main() -> None:
             samples = [samples[i] for i in order]
         scores[split] = all_tool_scores(ctx, samples, split)
         targets[split] = np.array([s.target for s in samples])
-        shown[split] = digits(scores[split])
-        shown[split][:, 1] = 0  # item_info_search shows no scores
+        tools = digits(scores[split])
+        tools[:, 1] = 0  # item_info_search shows no scores
+        titles = np.array([read_titles(ctx, s)[1] for s in samples])
+        shown[split] = np.concatenate([tools, titles[:, None]], 1)
 
     def score(weights, split, by=shown):
         totals = np.einsum("t,ntc->nc", weights, by[split])
