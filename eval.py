@@ -34,7 +34,14 @@ from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_ma
 from grpo import ndcg, rank_of_positive
 from model import ModelError, Policy, check_device, find_model, load_policy
 from ppr import HardPair, pair_tasks, reward
-from rollout import ALL_TOOLS, STRATEGIES, Task, rollout, trained_tools
+from rollout import (
+    ALL_TOOLS,
+    STRATEGIES,
+    Task,
+    read_titles,
+    rollout,
+    trained_tools,
+)
 from sasrec import load_sasrec
 from tools import PROFILES, Context, read_profiles, tool_scores
 
@@ -156,6 +163,11 @@ def all_tool_scores(ctx: Context, samples: list[Sample], title: str) -> np.ndarr
     return np.array([[tool_scores(ctx, t, s) for t in ALL_TOOLS] for s in bar])
 
 
+def titles_scores(ctx: Context, samples: list[Sample]) -> np.ndarray:
+    """[n, 1, 20] 1 for the candidates of the last purchase's series, read from the titles."""
+    return np.array([[read_titles(ctx, s)[1] / 9] for s in samples])
+
+
 def fusion_loss(solver, weights, scores, targets) -> torch.Tensor:
     """Cross entropy of the targets under a softmax of the weighted scores, with its gradient; large weights cost."""
     solver.zero_grad()
@@ -211,6 +223,13 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
     rows["fusion"] = tools.sum(1)
     for name, fit in (("subset_fusion", best_subset), ("learned_fusion", fit_fusion)):
         rows[name] = np.einsum("ntc,t->nc", tools, fit(fitted, targets))
+    # what no tool shows but the agent may read; beside it what weights could make of all
+    both, learned = (
+        np.concatenate([x, titles_scores(ctx, s)], 1)
+        for x, s in ((tools, samples), (fitted, train))
+    )
+    rows["titles"] = both[:, -1]
+    rows["titles_fusion"] = np.einsum("ntc,t->nc", both, fit_fusion(learned, targets))
     if ds.utility is not None:
         utility = ds.utility[[s.id for s in samples]]
         rows["oracle"] = np.take_along_axis(utility, candidates, 1)

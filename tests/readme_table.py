@@ -17,7 +17,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 METRICS = {"hit@1": "H@1", "hit@5": "H@5", "hit@10": "H@10", "ndcg@5": "N@5", "ndcg@10": "N@10", "mrr": "MRR"}  # fmt: skip
 WITH_INTERVAL = ("hit@1", "ndcg@10")
 PAIRS = re.compile(
-    "ppr-(rta|sasrec|itemknn|fusion|subset_fusion|learned_fusion)$|rta-(frozen|r)$|r-frozen_r$"
+    "ppr-(rta|sasrec|itemknn|fusion|subset_fusion|learned_fusion|titles_fusion)$|rta-(frozen|r)$|r-frozen_r$"
 )
 
 

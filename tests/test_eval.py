@@ -347,7 +347,7 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     ev.main()
     result = json.loads((tmp_path / "eval.json").read_text())
     names = ["random", "popularity", "itemknn", "sasrec", "oracle"]
-    names += ["fusion", "subset_fusion", "learned_fusion"]
+    names += ["fusion", "subset_fusion", "learned_fusion", "titles", "titles_fusion"]
     names += ["frozen_r", "frozen", "plan_first"]
     assert set(names) <= set(result["rows"])
     assert len(result["rows"]) == len(names) + len(ALL_TOOLS)
