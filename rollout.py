@@ -655,9 +655,11 @@ def exercises(policy: Policy, ctx: Context, pool, rng, n: int, lists: int, k: in
     """
     found = [add_up(policy, rng, rng.integers(1, lists + 1), k) for _ in range(n // 2 + 1)]
     for _ in range(n - len(found)):
-        two = (pool[rng.integers(len(pool))].candidates for _ in range(2))
-        titles, others = ([ctx.title(c) for c in cs] for cs in two)
-        found.append(find_series(policy, rng, titles, others))
+        sample, other = (pool[rng.integers(len(pool))] for _ in range(2))
+        given = build_prompt(policy, ctx, Task(sample), ALL_TOOLS, k)
+        t = Trajectory(Task(sample), given)
+        find_series(policy, ctx, t, rng, other.candidates)
+        found.append(t)
     return found
 
 
@@ -679,17 +681,20 @@ def add_up(policy: Policy, rng, lists: int, k: int, n: int = 20) -> Trajectory:
     return t
 
 
-def find_series(policy: Policy, rng, titles: list[str], others: list[str]) -> Trajectory:
-    """Numbered titles as in a prompt, then which numbers are of a series, asked of theirs and of others."""
-    lines = [f"{title} = {n}" for n, title in enumerate(titles, 1)]
-    t = Trajectory(Task(None), policy.encode("\n".join(["Candidates:", *lines, "Rank."])))
-    names = [series_of(title) for title in titles]
-    for name in rng.permutation(sorted({*names, *map(series_of, others)} - {""})):
+def find_series(policy: Policy, ctx: Context, t: Trajectory, rng, others) -> None:
+    """Which of the prompt's candidates are of a series? Asked of theirs, of other items' and at last of the last purchase's."""
+    sample, title = t.task.sample, ctx.title
+    names = [series_of(title(c)) for c in sample.candidates]
+    past = ctx.ds.item[history(ctx.ds, sample)]
+    own = series_of(title(past[-1]))
+    asked = {*names, *(series_of(title(i)) for i in (*others, *past))} - {"", own}
+    for name in [*rng.permutation(sorted(asked)), own]:
         numbers = [i for i, x in enumerate(names, 1) if x == name]
-        asked, found, scores = series_thought(str(name), numbers).partition(str(name))
-        append_observation(t, policy.encode(asked + found))
-        write(policy, t, scores)
-    return t
+        thought = series_thought(str(name), numbers)
+        begin, word, rest = thought.partition(str(name))
+        if name != own:
+            append_observation(t, policy.encode(begin + word))
+        write(policy, t, thought if name == own else rest)
 
 
 def write(policy: Policy, t: Trajectory, text: str) -> None:

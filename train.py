@@ -722,9 +722,9 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
-    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 1500)"),
-    ("exercise-steps", int, (0, 0), "of them practise looking up numbers (a new agent: a tenth)"),
-    ("warmup-lr", float, (2e-3, 1e-6), "learning rate of the warm-up"),
+    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 3000)"),
+    ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a fifth)"),
+    ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
     ("lr", float, (2e-4, 1e-6), "learning rate"),
@@ -810,9 +810,9 @@ def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
         steps = args.warmup_steps
-        args.model, args.warmup_steps = "new", 1500 if steps is None else steps
+        args.model, args.warmup_steps = "new", 3000 if steps is None else steps
         if args.exercise_steps is None:
-            args.exercise_steps = args.warmup_steps // 10
+            args.exercise_steps = args.warmup_steps // 5
     if not trained_tools(vars(args)) and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
     epochs = {"steps": args.epochs, "ppr_steps": args.ppr_epochs}  # if given, decide

@@ -12,8 +12,8 @@ from rank import shrink
 from safetensors.torch import load_file
 
 import train
-from data import Sample
-from rollout import Task, add_up, find_series, parse_answer
+from data import Sample, history
+from rollout import Task, Trajectory, add_up, find_series, parse_answer
 
 SAMPLE = Sample(0, 0, 0, tuple(range(20)), 0)
 
@@ -251,17 +251,23 @@ def test_an_exercise_adds_up_the_lists_it_shows():
         assert parse_answer(policy.decode(t.ids), Task(SAMPLE), 10) == [*map(int, best)]
 
 
-def test_an_exercise_finds_the_titles_of_a_series():
+def test_an_exercise_finds_the_titles_of_a_series(ctx):
     policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
-    titles = ["Kallo Bold Tray", "Pavo Red Tray", "Plain", "Ostia Bold Bold Red Ink"]
-    others = ["Norvik Eco Pin", "Pavo Red Box"]
-    t = find_series(policy, np.random.default_rng(0), titles, others)
-    found = set(re.findall("<think>(.*?)</think>", policy.decode(t.ids), re.DOTALL))
-    bold = "Series Bold 1 Bold 4\n1:9 4:9"
-    assert found == {bold, "Series Red 2\n2:9", "Series Eco none\n"}
+    sample, other = ctx.ds.splits["train"][0], ctx.ds.splits["train"][1]
+    t = Trajectory(Task(sample), [0])
+    find_series(policy, ctx, t, np.random.default_rng(0), other.candidates)
+    found = re.findall("<think>Series (.*?)</think>", policy.decode(t.ids), re.DOTALL)
+    words = [ctx.title(c).split()[1] for c in sample.candidates]
+    last = ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]]).split()[1]
+    assert len(found) > len(set(words)) and found[-1].split()[0] == last
+    for text in found:
+        word, listed, scores = text.split()[0], *text.split("\n")
+        numbers = [str(i) for i, x in enumerate(words, 1) if x == word]
+        assert re.findall(r"\d+", listed) == numbers
+        assert listed.count("none") == (not numbers) and listed.count(word) == max(1, len(numbers))
+        assert scores.split() == [f"{n}:9" for n in numbers]
     asked = policy.decode([x for x, m in zip(t.ids, t.action_mask) if m])
-    assert " 1 Bold 4\n1:9 4:9</think>" in asked and "Series" not in asked
-    assert policy.decode(t.prompt).splitlines()[1] == "Kallo Bold Tray = 1"
+    assert asked.count("Series") == 1 and asked.endswith(f"<think>Series {found[-1]}</think>")
 
 
 def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
