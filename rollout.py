@@ -653,7 +653,7 @@ def exercises(policy: Policy, ctx: Context, pool, rng, n: int, lists: int, k: in
     Demonstrations are too sparse to teach a new model to look things up; such rows do, as nearly every token of theirs
     depends on a look-up.
     """
-    found = [add_up(policy, rng, rng.integers(1, lists + 1), k) for _ in range(n // 2 + 1)]
+    found = [add_up(policy, rng, rng.integers(1, lists + 1), k) for _ in range(n // 2)]
     for _ in range(n - len(found)):
         sample, other = (pool[rng.integers(len(pool))] for _ in range(2))
         given = build_prompt(policy, ctx, Task(sample), ALL_TOOLS, k)

@@ -279,7 +279,7 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     prompts, rows, paired = [], [], []
     for i in range(args.batch):
         if i < practise and progress < 0.9:
-            lists = 1 + int(6 * min(1, step / first))
+            lists = 1 + int(7 * min(1, step / first))
             found = exercises(run.policy, run.ctx, pool, rng, args.group_size, lists, args.k)
         else:
             found = demonstrations(run, pool, rng, script)
@@ -722,7 +722,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
-    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 3000)"),
+    ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 4500)"),
     ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a fifth)"),
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
@@ -810,9 +810,9 @@ def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
         steps = args.warmup_steps
-        args.model, args.warmup_steps = "new", 3000 if steps is None else steps
+        args.model, args.warmup_steps = "new", 4500 if steps is None else steps
         if args.exercise_steps is None:
-            args.exercise_steps = args.warmup_steps // 5
+            args.exercise_steps = args.warmup_steps // 6
     if not trained_tools(vars(args)) and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
     epochs = {"steps": args.epochs, "ppr_steps": args.ppr_epochs}  # if given, decide
