@@ -15,7 +15,7 @@ RUNS = {
     "adapters, bound": "--steps 1 --ppr-steps 1 --lora-rank 4 --grad-checkpoint "
     "--ppr-objective logistic --profiles llm --test-samples 2",
     "warm-up": "--stage warmup --model assets/tiny-agent --warmup-steps 2 "
-    "--exercise-steps 1",
+    "--exercise-steps 1 --warmup-lr 1e-3",
 }
 
 

@@ -349,7 +349,8 @@ def test_demonstrations_call_only_the_tools_that_the_flags_leave(policy, ctx):
 
 def test_demonstrations_without_tools_rank_at_random(policy, ctx):
     rng, task = np.random.default_rng(0), Task(ctx.ds.splits["train"][0])
-    shown = [demonstrate(policy, ctx, task, 10, rng, allowed=()) for _ in range(300)]
+    how = {"max_steps": 0, "allowed": ()}
+    shown = [demonstrate(policy, ctx, task, 10, rng, **how) for _ in range(300)]
     assert all(t.valid and not t.calls for t in shown)
     firsts = np.bincount([t.answer[0] for t in shown], minlength=21)[1:]
     assert firsts.min() > 3 and firsts.max() < 32  # 15 each on average

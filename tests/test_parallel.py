@@ -40,7 +40,7 @@ from tools import Call, run_call
 RANK = pathlib.Path(__file__).with_name("rank.py")
 pytestmark = pytest.mark.usefixtures("small")
 FLAGS = (*SHORT, "--batch", 3, "--steps", 2, "--ppr-steps", 1, "--save-every", 1)
-FLAGS += ("--lr", 1e-3, "--temperature", 1.2)
+FLAGS += ("--lr", 1e-3)
 
 
 def torchrun(n, *command):

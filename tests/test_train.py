@@ -42,9 +42,11 @@ SHORT = (
     4,
     "--no-eval",
     "--max-new-tokens",
-    400,
+    600,
     "--mine-samples",
     12,
+    "--temperature",
+    1.5,  # the agent as it comes mostly answers at once: groups should differ
 )
 
 
@@ -189,12 +191,12 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
         at = 0
         for row in rows:
             ids = [i for i, m in zip(row.ids, row.action_mask) if m]
-            ending = policy.decode(ids[-17:])
+            ending = ids[ids.index(policy.encode("<answer>")[0]) :]
             pair = re.fullmatch(
-                r"\d+:\d \d+:\d [AB]>[AB]; (MORE|LESS)=([AB])</think><answer>\\boxed{\2}</answer>",
-                ending,
+                r"<answer>\d+:\d+ \d+:\d+ [AB]>[AB]; (MORE|LESS)=([AB]) \\boxed{\2}</answer>",
+                policy.decode(ending),
             )
-            seen.append((bool(pair), weights[at : at + len(ids)]))
+            seen.append((bool(pair), len(ending), weights[at : at + len(ids)]))
             at += len(ids)
         assert at == len(weights)
         return original(policy, prompts, rows, weights, *more, **how)
@@ -208,10 +210,9 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
     flags = ("--stage", "warmup", "--model", tmp_path / "agent", "--warmup-steps", 1)
     flags += ("--dtype", "float32", "--batch", 6, "--group-size", 1)
     run_main(monkeypatch, *flags, "--out", tmp_path / "r")
-    assert {pair for pair, _ in seen} == {True, False}
-    for pair, weights in seen:
-        ending = 17 if pair else 22  # ]}, </answer>, ten numbers and what is between
-        assert weights[-ending:] == [4.0] * ending
+    assert {pair for pair, *_ in seen} == {True, False}
+    for _, ending, weights in seen:
+        assert weights[-ending:] == [2.0] * ending
         assert set(weights[:-ending]) <= {1.0}
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["args"]["dataset"] == "office-sim", "whatever office comes to mean"
