@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import Sample, history
-from model import ModelError, Policy, RaggedBatch, TrainRow, sample_tokens
+from model import ModelError, Policy, RaggedBatch, sample_tokens
 from tools import (
     MAX_OBSERVATION,
     TOOLS,
@@ -598,7 +598,8 @@ def series_of(title: str) -> str:
 def read_titles(ctx: Context, sample: Sample) -> tuple[str, np.ndarray]:
     """A thought that lists the candidates of the last purchase's series, and [20] 9 for each of them; "" if it has none."""
     series = series_of(ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]]))
-    same = [bool(series) and series_of(ctx.title(c)) == series for c in sample.candidates]
+    names = [series_of(ctx.title(c)) for c in sample.candidates]
+    same = [x == series != "" for x in names]
     return series_thought(series, np.flatnonzero(same) + 1), 9 * np.array(same)
 
 
@@ -628,7 +629,8 @@ def conclude(
     One step at a time, since a small agent that has to rank or to name the letter at once never learns to: the sums,
     which candidate of a pair is ahead, which is asked for.
     """
-    task, ranking = t.task, (first[np.argsort(-total[first], kind="stable")] + 1).tolist()
+    task, best = t.task, np.argsort(-total[first], kind="stable")
+    ranking = (first[best] + 1).tolist()
     if task.pair:
         x, y = "AB" if min(task.pair, key=ranking.index) == task.pair[0] else "BA"
         t.answer = boxed = x if task.more else y
@@ -647,7 +649,9 @@ def sums(total: np.ndarray) -> str:
     return listed if total.any() else ""
 
 
-def exercises(policy: Policy, ctx: Context, pool, rng, n: int, lists: int, k: int) -> list:
+def exercises(
+    policy: Policy, ctx: Context, pool, rng, n: int, lists: int, k: int
+) -> list:
     """n rows that practise one thing at a time: adding up at most so many lists, or finding the titles of a series.
 
     Demonstrations are too sparse to teach a new model to look things up; such rows do, as nearly every token of theirs

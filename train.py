@@ -280,7 +280,9 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     for i in range(args.batch):
         if i < practise and progress < 0.9:
             lists = 1 + int(7 * min(1, step / first))
-            found = exercises(run.policy, run.ctx, pool, rng, args.group_size, lists, args.k)
+            found = exercises(
+                run.policy, run.ctx, pool, rng, args.group_size, lists, args.k
+            )
         else:
             found = demonstrations(run, pool, rng, script)
         for t in found:

@@ -45,7 +45,8 @@ def gradient(logits: np.ndarray, shown: np.ndarray, target: int, rng) -> np.ndar
     score = ndcg_of(totals, np.full(G, target))
     reward = np.where(score > 0, score + BONUS * (score == 1), NOT_RANKED)
     advantage = group_advantages(reward[None])[0]
-    taken = np.eye(len(TIMES))[choice] - chances  # G, tools, 3: d log p / d logits, times T
+    # G, tools, 3: d log p / d logits, times T
+    taken = np.eye(len(TIMES))[choice] - chances
     return np.einsum("g,gtc->tc", advantage, taken) / G / TEMPERATURE
 
 
