@@ -725,7 +725,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("ppr-steps", int, (12, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 4500)"),
-    ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a fifth)"),
+    ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a sixth)"),
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
