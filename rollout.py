@@ -595,10 +595,16 @@ def series_of(title: str) -> str:
     return words[1] if len(words) > 2 else ""
 
 
+def all_series(ctx: Context, sample: Sample) -> tuple[str, list[str]]:
+    """The series of the last purchase and of each candidate."""
+    last = ctx.ds.item[history(ctx.ds, sample)[-1]]
+    own, *names = (series_of(ctx.title(i)) for i in (last, *sample.candidates))
+    return own, names
+
+
 def read_titles(ctx: Context, sample: Sample) -> tuple[str, np.ndarray]:
     """A thought that lists the candidates of the last purchase's series, and [20] 9 for each of them; "" if it has none."""
-    series = series_of(ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]]))
-    names = [series_of(ctx.title(c)) for c in sample.candidates]
+    series, names = all_series(ctx, sample)
     same = [x == series != "" for x in names]
     return series_thought(series, np.flatnonzero(same) + 1), 9 * np.array(same)
 
@@ -687,11 +693,9 @@ def add_up(policy: Policy, rng, lists: int, k: int, n: int = 20) -> Trajectory:
 
 def find_series(policy: Policy, ctx: Context, t: Trajectory, rng, others) -> None:
     """Which of the prompt's candidates are of a series? Asked of theirs, of other items' and at last of the last purchase's."""
-    sample, title = t.task.sample, ctx.title
-    names = [series_of(title(c)) for c in sample.candidates]
-    past = ctx.ds.item[history(ctx.ds, sample)]
-    own = series_of(title(past[-1]))
-    asked = {*names, *(series_of(title(i)) for i in (*others, *past))} - {"", own}
+    own, names = all_series(ctx, t.task.sample)
+    others = (*others, *ctx.ds.item[history(ctx.ds, t.task.sample)])
+    asked = {*names, *(series_of(ctx.title(i)) for i in others)} - {"", own}
     for name in [*rng.permutation(sorted(asked)), own]:
         numbers = [i for i, x in enumerate(names, 1) if x == name]
         thought = series_thought(str(name), numbers)
