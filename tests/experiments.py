@@ -9,7 +9,8 @@ Run by hand (a run takes 5 to 10 minutes of one core). What each run's agent did
 experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each
 variant changes one thing of its `reference`: those of STAGE_1 train stage 1 alone, those of STAGE_2 start from the
 default run's stage 1. A difference is taken for each test sample with the same seed's reference, averaged over the seeds;
-its 95% interval resamples users. --dataset, --model and --with ask the same of other data, another agent or other flags.
+its 95% interval resamples users, its standard error over the seeds stands behind "±". --dataset, --model and --with ask
+the same of other data, another agent or other flags.
 """
 
 import argparse
@@ -171,10 +172,14 @@ def row(args, name: str, runs: list[dict], against: list[dict] | None) -> str:
     cells += [f"{np.mean([r['valid'] for r in runs]):.1%}"]
     cells += [f"{np.mean([r['calls'] for r in runs]):.2f}"]
     if against:
-        gain = {m: (x - scores(against, m)).mean(0) for m, x in values.items()}
+        gain = {m: x - scores(against, m) for m, x in values.items()}
         users = np.array([s.user for s in args.tested])
-        for x in intervals(gain, users).values():
+        found = intervals({m: x.mean(0) for m, x in gain.items()}, users)
+        for m, x in found.items():
             cells += [f"{x['mean']:+.3f} [{x['lo']:+.3f}, {x['hi']:+.3f}]"]
+            if len(runs) > 1:
+                error = gain[m].mean(1).std(ddof=1) / len(runs) ** 0.5
+                cells[-1] += f" ±{error:.3f}"
     else:
         cells += ["", ""]
     return "| " + " | ".join(cells) + " |"
