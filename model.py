@@ -36,6 +36,7 @@ LayerKV = tuple[Tensor, Tensor]
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
 SHARED_BEGINNING = 64  # tokens that all prompts begin with are worth a forward
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
+FEW = 4  # decode rows apart from the batch when they are less than a fourth of it
 BLOCK = 256  # queries at a time in attention on a CPU
 
 
@@ -75,34 +76,41 @@ class Packed:
 
 @dataclass
 class Decode:
-    """Past of one token for each of n sampling rows; `at` indexes the tokens' places in the buffers `own`."""
+    """Past of one token for each of n sampling rows; if they are `few`, each becomes a prompt of its own, P = n and G = 1."""
 
     prompts: list[LayerKV]  # a layer: [P, K, T, D] keys and values
     own: list[LayerKV]  # a layer: [P, K, G, S, D]; the tokens' are written into it
-    at: tuple[Tensor, slice, Tensor, Tensor]
+    at: tuple[Tensor, slice, Tensor, Tensor]  # where: slot, kv heads, member, position
+    few: bool
     prompt_bias: Tensor  # [P*K, 1, T], -inf where a prompt has no token
     own_bias: Tensor  # [P*K*G, 1, S]
 
     def attend(self, query, key, value, layer: int, scaling: float) -> Tensor:
         """One token a row, [n, H, 1, D]: scores against the group's prompt and the row's suffix, one softmax over both.
 
-        Works on all rows of the batch, since gathering the suffixes of n rows would cost more than their scores.
+        Works on all rows of the batch, since gathering the suffixes of many costs more than their scores; not if few are
+        left, as at the end of a rollout.
         """
         (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
-        P, K, G, S, D = own_k.shape
-        n, H, T, R = len(query), query.shape[1], prompt_k.shape[2], query.shape[1] // K
         own_k[self.at], own_v[self.at] = key[:, :, 0], value[:, :, 0]
+        n, H, (slot, heads, member, _) = *query.shape[:2], self.at
+        if self.few:
+            prompt_k, prompt_v = prompt_k[slot], prompt_v[slot]
+            own_k, own_v = own_k[slot, :, member, None], own_v[slot, :, member, None]
+            slot, member = torch.arange(n, device=slot.device), torch.zeros_like(slot)
+        P, K, G, S, D = own_k.shape
+        T, R = prompt_k.shape[2], H // K
         every = query.new_zeros(P, K, G, R, D)
-        every[self.at[:3]] = query.view(n, K, R, D)
+        every[slot, heads, member] = query.view(n, K, R, D)
         q, k = every.view(P * K, G * R, D), prompt_k.view(P * K, T, D)
         to_prompt = torch.baddbmm(self.prompt_bias, q, k.mT, alpha=scaling)
-        q, k = every.view(P * K * G, R, D), own_k.view(P * K * G, S, D)
+        q, k = every.view(P * K * G, R, D), own_k.reshape(P * K * G, S, D)
         to_own = torch.baddbmm(self.own_bias, q, k.mT, alpha=scaling)
         scores = torch.cat([to_prompt.view(-1, R, T), to_own], -1)
         on_prompt, on_own = scores.softmax(-1).to(query.dtype).split([T, S], -1)
         out = on_prompt.reshape(P * K, G * R, T) @ prompt_v.view(P * K, T, D)
-        out = torch.baddbmm(out.view(-1, R, D), on_own, own_v.view(-1, S, D))
-        return out.view(P, K, G, R, D)[self.at[:3]].reshape(n, H, 1, D)
+        out = torch.baddbmm(out.view(-1, R, D), on_own, own_v.reshape(-1, S, D))
+        return out.view(P, K, G, R, D)[slot, heads, member].reshape(n, H, 1, D)
 
 
 def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Tensor:
@@ -499,13 +507,16 @@ class RaggedBatch:
         slot, member, position = torch.tensor(table, device=device).T
         length = torch.tensor(self.length, device=device).view(P, 1, G) + 1
         prompt_length = torch.tensor(self.prompt_length, device=device).view(P, 1)
-        dtype = self.own[0][0].dtype
-        prompt_bias = length_bias(prompt_length.expand(P, K), T, dtype)
-        own_bias = length_bias(length.expand(P, K, G), S, dtype)
-        at = (slot, slice(None), member, position)
-        past = Decode(self.prompts, self.own, at, prompt_bias, own_bias)
-        ids = torch.tensor(tokens, device=device)[:, None]
         places = prompt_length[slot] + position[:, None]
+        few = FEW * len(rows) < P * G
+        if few:
+            prompt_length, length = prompt_length[slot], position.view(-1, 1, 1) + 1
+        dtype = self.own[0][0].dtype
+        prompt_bias = length_bias(prompt_length.expand(-1, K), T, dtype)
+        own_bias = length_bias(length.expand(-1, K, -1), S, dtype)
+        at = (slot, slice(None), member, position)
+        past = Decode(self.prompts, self.own, at, few, prompt_bias, own_bias)
+        ids = torch.tensor(tokens, device=device)[:, None]
         with self.policy.autocast():
             out = self.model.model(ids, position_ids=places, use_cache=False, past=past)
             logits = self.model.lm_head(out.last_hidden_state[:, 0])

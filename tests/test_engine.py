@@ -391,8 +391,10 @@ def test_greedy_equals_generate(policy, ctx):
         assert group[0].ids == group[1].ids
 
 
-def test_extend_then_decode_equals_one_forward(policy):
+@pytest.mark.parametrize("few", [0, 100])  # rows apart from the batch: always, never
+def test_extend_then_decode_equals_one_forward(policy, monkeypatch, few):
     """Tokens fed in chunks at different positions of different rows give the dense logits."""
+    monkeypatch.setattr(model_module, "FEW", few)
     rng = np.random.default_rng(0)
     V = policy.model.config.vocab_size
     prompts = [rng.integers(V, size=n).tolist() for n in (9, 4)]
@@ -403,7 +405,10 @@ def test_extend_then_decode_equals_one_forward(policy):
         fed = [prompts[b // 2][-1], *suffix[b]]
         if len(fed) > 1:
             batch.extend([b], [fed[:-1]])
-    logits = batch.decode([0, 1, 2, 3], [s[-1] for s in suffix])
+    logits = {}
+    for some in ([3, 0, 2], [1]):
+        found = batch.decode(some, [suffix[b][-1] for b in some])
+        logits |= dict(zip(some, found))
     policy.model.set_attn_implementation("eager")
     for b in range(4):
         want = policy.model(torch.tensor([prompts[b // 2] + suffix[b]])).logits[0, -1]
