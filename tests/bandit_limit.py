@@ -1,6 +1,7 @@
 """What can feedback on whole rankings teach in so many trajectories? Stage 1 without a language model.
 
     PYTHONPATH=. python tests/bandit_limit.py        # four minutes on one core
+    PYTHONPATH=. python tests/bandit_limit.py --dataset office2018 --data-dir DIR --without-tool NAME ...
 
 A table stands in for the agent: for each tool, and for reading the titles, the chance of asking not at all, once and
 twice (24 numbers, not 2.6 million), the same for all users. It cannot write an invalid answer or add up wrongly: the
@@ -11,6 +12,7 @@ ranking, and the best of all choices on the training split. Printed: N@10 of the
 seeds each.
 """
 
+import argparse
 import itertools
 
 import numpy as np
@@ -68,28 +70,42 @@ def train(shown, targets, steps: int, batch: int, lr: float, seed: int) -> np.nd
 
 
 def main() -> None:
-    ds = load_dataset("office-sim")
-    ctx = Context(ds, train_sasrec(ds, ds.fit_end))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", default="office-sim")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--title-chars", type=int, default=30)
+    parser.add_argument("--without-tool", action="append", default=[])
+    args = parser.parse_args()
+    ds = load_dataset(args.dataset, args.data_dir)
+    ctx = Context(ds, train_sasrec(ds, ds.fit_end), title_limit=args.title_chars)
+    names = [*ALL_TOOLS, "titles"]
     shown, scores, targets = {}, {}, {}
     for split in ("train", "valid", "test"):
         samples = ds.splits[split]
         scores[split] = all_tool_scores(ctx, samples, split)
         targets[split] = np.array([s.target for s in samples])
-        tools = digits(scores[split])
-        tools[:, 1] = 0  # item_info_search shows no scores
         titles = np.array([read_titles(ctx, s)[1] for s in samples])
-        shown[split] = np.concatenate([tools, titles[:, None]], 1)
+        both = digits(scores[split]), titles[:, None]
+        shown[split] = np.concatenate(both, 1)
+        for name in ("item_info_search", *args.without_tool):  # the former shows none
+            shown[split][:, names.index(name)] = 0
 
     def score(weights, split, by=shown):
         totals = np.einsum("t,ntc->nc", weights, by[split])
         return ndcg_of(totals, targets[split]).mean()
 
+    def best(most: int):
+        """The weights up to `most` that rank the training split best."""
+        tried = [range(1 + most * x.any()) for x in shown["train"].swapaxes(0, 1)]
+        return max(itertools.product(*tried), key=lambda w: score(w, "train"))
+
     fitted = fit_fusion(scores["train"], targets["train"])
     print(f"learned fusion {score(fitted, 'test', scores):.3f}")
-    choices = itertools.product(TIMES, repeat=shown["train"].shape[1])
-    best = max((c for c in choices if not c[1]), key=lambda c: score(c, "train"))
-    named = [f"{n}x {t}" for n, t in zip(best, [*ALL_TOOLS, "titles"]) if n]
-    print(f"best of all choices {score(best, 'test'):.3f}: {', '.join(named)}")
+    for most in (1, 2, 3):
+        weights = best(most)
+        named = ", ".join(f"{n}x {name}" for n, name in zip(weights, names) if n)
+        splits = ", ".join(f"{score(weights, s):.3f} {s}" for s in shown)
+        print(f"best of none to {most}: {splits} ({named})", flush=True)
     print(
         "| steps x prompts x G | trajectories | lr | N@10 | of ten seeds |\n|---|---|---|---|---|"
     )
