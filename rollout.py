@@ -550,6 +550,7 @@ def demonstrate(
     max_steps: int = 4,
     hasty: bool = False,
     allowed: tuple[str, ...] = ALL_TOOLS,
+    ask_again: float = 0.0,
 ) -> Trajectory:
     """A scripted trajectory for the warm-up: random evidence, and an answer that follows from it exactly.
 
@@ -558,6 +559,7 @@ def demonstrate(
     the sums. Which evidence pays is left to learning. There are 0 to `max_steps` pieces, at least one for a pair; half of
     the `hasty` rankings look at none, the others at 0 to `max_steps` - 1. Whatever follows from these choices is always
     the same: chance there would only be noise to learn. An agent that has no tools ranks at random what it knows nothing of.
+    With chance `ask_again` each tool is asked for again, or not, besides.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
@@ -568,6 +570,9 @@ def demonstrate(
     names = rng.permutation(choices)[:n_steps]
     if rng.random() < 0.1:  # some are asked for twice
         names = rng.choice(choices, len(names))
+    if ask_again and rng.random() < ask_again:
+        more = [x for x in names if x != SERIES and rng.random() < 0.5]
+        names = rng.permutation([*names, *more])
     total = np.zeros(len(task.sample.candidates), int)
     for name in map(str, names):
         if name == SERIES:

@@ -274,7 +274,8 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     first = args.exercise_steps
     progress = (step - first) / (args.warmup_steps - first)
     max_steps = 1 if progress < 0.05 else 2 if progress < 0.2 else 5
-    script = (args.k, rng, max_steps, progress > 0.9, trained_tools(vars(args)))
+    tools = trained_tools(vars(args))
+    script = (args.k, rng, max_steps, progress > 0.9, tools, args.ask_again)
     practise = args.batch if step < first else args.batch // 2 if first else 0
     prompts, rows, paired = [], [], []
     for i in range(args.batch):
@@ -726,6 +727,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 4500)"),
     ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a sixth)"),
+    ("ask-again", float, 0.0, "share of demonstrations that ask tools again besides"),
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
@@ -847,6 +849,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         ("width", lambda x: x % 64 == 0, "must be a multiple of 64"),
         ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
+        ("ask_again", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
         ("shard", lambda x: several or not x, "needs several processes: start with torchrun"),
     ):  # fmt: skip
         for name in names.split():

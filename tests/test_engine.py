@@ -347,6 +347,21 @@ def test_demonstrations_call_only_the_tools_that_the_flags_leave(policy, ctx):
         assert {call.name for call in t.calls} <= set(allowed)
 
 
+def test_demonstrations_ask_again_as_often_as_told(policy, ctx):
+    task, calls, twice = Task(ctx.ds.splits["train"][0]), {}, {}
+    for share in (0.0, 1.0):
+        rng = np.random.default_rng(0)
+        shown = [
+            demonstrate(policy, ctx, task, 10, rng, max_steps=3, ask_again=share)
+            for _ in range(200)
+        ]
+        names = [[call.name for call in t.calls] for t in shown]
+        calls[share] = sum(map(len, names))
+        twice[share] = sum(len(set(x)) < len(x) for x in names)
+    assert calls[1] / calls[0] == pytest.approx(1.5, abs=0.15)  # half of them again
+    assert twice[0] < 20 and twice[1] > 100  # of 200
+
+
 def test_demonstrations_without_tools_rank_at_random(policy, ctx):
     rng, task = np.random.default_rng(0), Task(ctx.ds.splits["train"][0])
     how = {"max_steps": 0, "allowed": ()}
