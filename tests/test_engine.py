@@ -359,7 +359,7 @@ def test_demonstrations_ask_again_as_often_as_told(policy, ctx):
         calls[share] = sum(map(len, names))
         twice[share] = sum(len(set(x)) < len(x) for x in names)
     assert calls[1] / calls[0] == pytest.approx(1.5, abs=0.15)  # half of them again
-    assert twice[0] < 20 and twice[1] > 100  # of 200
+    assert twice[0] < 20 and twice[1] > 80  # of 200
 
 
 def test_demonstrations_without_tools_rank_at_random(policy, ctx):
