@@ -1,6 +1,6 @@
 """What can feedback on whole rankings teach in so many trajectories? Stage 1 without a language model.
 
-    PYTHONPATH=. python tests/bandit_limit.py        # four minutes and more on one core
+    PYTHONPATH=. python tests/bandit_limit.py        # four to seven minutes on one core
     PYTHONPATH=. python tests/bandit_limit.py --dataset office2018 --data-dir DIR --without-tool NAME ...
 
 A table stands in for the agent: for each tool, and for reading the titles, the chance of asking not at all, once and
