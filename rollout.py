@@ -559,7 +559,7 @@ def demonstrate(
     the sums. Which evidence pays is left to learning. There are 0 to `max_steps` pieces, at least one for a pair; half of
     the `hasty` rankings look at none, the others at 0 to `max_steps` - 1. Whatever follows from these choices is always
     the same: chance there would only be noise to learn. An agent that has no tools ranks at random what it knows nothing of.
-    With chance `ask_again` each tool is asked for again, or not, besides.
+    In a share `ask_again` of all, half of the tools, at random, are asked for again besides.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))

@@ -154,6 +154,7 @@ def test_a_run_folder_is_never_clobbered(small, monkeypatch, tmp_path):
         ("--lr", "-1"),
         ("--k", "21"),
         ("--temperature", "0"),
+        ("--ask-again", "2"),
         ("--steps", "x"),
     ],
 )
@@ -281,6 +282,23 @@ def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     practice, demonstrations = map(json.loads, lines)
     assert "answer_loss" not in practice and "answer_loss" in demonstrations
+
+
+def test_a_warm_up_asks_again_if_told(small, monkeypatch, tmp_path):
+    calls, original = [], train.demonstrate
+
+    def watching(*how):
+        calls.append(original(*how))
+        return calls[-1]
+
+    monkeypatch.setattr(train, "demonstrate", watching)
+    flags = ("--stage", "warmup", "--model", "assets/tiny-agent", "--warmup-steps", 1)
+    flags += ("--batch", 8, "--group-size", 4, "--overwrite", "--out", tmp_path / "r")
+    run_main(monkeypatch, *flags)
+    assert max(len(t.calls) for t in calls) == 1  # of a step that shows one piece
+    calls.clear()
+    run_main(monkeypatch, *flags, "--ask-again", 1)
+    assert max(len(t.calls) for t in calls) == 2
 
 
 def test_three_updates_that_are_not_finite_end_the_run(small, monkeypatch, tmp_path):
