@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import re
 import time
@@ -32,7 +33,7 @@ from transformers.utils.hub import cached_file
 
 from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_main
 from grpo import ndcg, rank_of_positive
-from model import ModelError, Policy, check_device, find_model, load_policy
+from model import ModelError, Policy, check_device, find_model, load_policy, read_config
 from ppr import HardPair, pair_tasks, reward
 from rollout import (
     ALL_TOOLS,
@@ -250,7 +251,7 @@ def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
     """The run's, those of --models and of --agent; "frozen" is what stage 1 started from, "r" trained without tools."""
     own, tools = config["args"]["model"], own_tools(args.out)
     warmed = args.out / "warmup"
-    base = str(warmed) if warmed.is_dir() else find_model(own)
+    base = str(warmed) if warmed.is_dir() else find_model(own, args.out)
     agents = [Agent("frozen_r", base, ()), Agent("frozen", base, tools or ALL_TOOLS)]
     for stage in ("rta", "ppr"):
         if (args.out / stage).is_dir():
@@ -637,9 +638,9 @@ def parse_args() -> argparse.Namespace:
     if args.rows and (args.probes or args.plot is not None):
         parser.error("--probes and --plot need all rows: leave --rows out")
     numbers = [args.samples, args.show, args.probes, *args.seeds, args.temperature]
-    if min(number or 0 for number in numbers) < 0:
+    if not all(0 <= (number or 0) < math.inf for number in numbers):
         flags = "--samples, --show, --probes, --seeds and --temperature"
-        parser.error(f"{flags} cannot be negative")
+        parser.error(f"{flags} cannot be negative or infinite")
     if args.show == 0:
         parser.error("--show 0 shows nothing: give a number of trajectories")
     if len(args.seeds) > 1 and not args.temperature:
@@ -651,10 +652,10 @@ def parse_args() -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> tuple[dict, Context]:
     """The run's config and what its tools look things up in; fills in the settings that `args` leaves to the run."""
-    for name in ("config.json", "sasrec.safetensors", "sasrec_baseline.safetensors"):
+    config = read_config(args.out)
+    for name in ("sasrec.safetensors", "sasrec_baseline.safetensors"):
         if not (args.out / name).exists():
             raise ModelError(f"{args.out}: no {name}; give a folder that train.py made")
-    config = json.loads((args.out / "config.json").read_text())
     own = config["args"]
     for name in ("greedy_answer", "k", "bonus", "dtype", "max_new_tokens"):
         setattr(args, name, own[name])

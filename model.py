@@ -12,6 +12,7 @@ first action token. Shapes: P prompts, G rows a prompt, B = P*G, T tokens, H hea
 """
 
 import copy
+import json
 import pathlib
 import re
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from os.path import commonprefix
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.optim import AdamW, Muon
@@ -241,10 +241,24 @@ def check_device(device: str) -> None:
         raise ModelError(f"--device {device} cannot be used: {why}") from e
 
 
-def find_model(name: str) -> str:
-    """A folder, else the repository's folder of that name (assets/tiny-agent), else a hub id."""
+def find_model(name: str, run: pathlib.Path | None = None) -> str:
+    """A folder, else the repository's folder of that name (assets/tiny-agent), else a hub id; "new": made by the run."""
+    if name == "new" and run:
+        return str(run / "start")
     own = pathlib.Path(__file__).parent / name
     return str(own) if own.is_dir() and not pathlib.Path(name).is_dir() else name
+
+
+def read_config(run: pathlib.Path) -> dict:
+    """A run folder's config.json; ModelError if there is none (a model's folder has another file of that name)."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    if "args" not in config:
+        hint = "give a folder that train.py made"
+        raise ModelError(f"{run}: no config.json of a run; {hint}")
+    return config
 
 
 def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Policy:
@@ -254,24 +268,28 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
         raise ModelError(
             f"{path}: no *.safetensors; convert the weights (pickles are not loaded)"
         )
+    place, how = torch.device(device), {"dtype": torch.float32, "use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, **how, output_loading_info=True
         )
-    except (OSError, ValueError, SafetensorError) as e:
-        why = str(e).splitlines()[0]
+        fault = what_is_wrong(model, tokenizer, found["missing_keys"])
+        if not fault:
+            model = model.to(place).eval()
+            return Policy(model, tokenizer, place, getattr(torch, dtype))
+    except Exception as e:  # a damaged folder makes transformers raise whatever
+        why = next(iter(str(e).splitlines()), type(e).__name__)
         why += "" if folder.is_dir() else "; no such folder, and no hub id in reach"
         raise ModelError(f"{path}: cannot be loaded: {why}") from e
-    if fault := what_is_wrong(model, tokenizer):
-        raise ModelError(f"{path}: {fault}")
-    place = torch.device(device)
-    return Policy(model.to(place).eval(), tokenizer, place, getattr(torch, dtype))
+    raise ModelError(f"{path}: {fault}")
 
 
-def what_is_wrong(model: nn.Module, tokenizer) -> str | None:
-    """Why this model cannot be used, if so."""
+def what_is_wrong(model: nn.Module, tokenizer, missing=()) -> str | None:
+    """Why this model cannot be used, if so; `missing` are weights that its files lack."""
     kind, embeddings = model.config.model_type, model.get_input_embeddings()
+    if missing:
+        return f"{len(missing)} weights are not in its files, {min(missing)} is one"
     if tokenizer.chat_template is None:
         return "the tokenizer has no chat template; use an instruct model or set one"
     if len(tokenizer) > embeddings.num_embeddings:

@@ -69,6 +69,7 @@ class Trajectory:
     action_mask: list[int] = field(default_factory=list)  # 1: sampled by the policy
     logprobs: list[float] = field(default_factory=list)  # when sampled, else 0
     greedy: set[int] = field(default_factory=set)  # places of tokens without chance
+    ending: int = 0  # tokens of a demonstration's answer
     calls: list[Call] = field(default_factory=list)
     # ranked candidate numbers, or "A" / "B"; None: no valid answer
     answer: list[int] | str | None = None
@@ -650,8 +651,9 @@ def conclude(
     else:
         t.answer = ranking[:k]
         reasons, boxed = sums(total), f"[{','.join(map(str, t.answer))}]"
+    before = len(t.ids)
     write(policy, t, f"<answer>{reasons}\\boxed{{{boxed}}}</answer>")
-    t.end = "answer"
+    t.end, t.ending = "answer", len(t.ids) - before
 
 
 def sums(total: np.ndarray) -> str:
@@ -666,7 +668,7 @@ def exercises(
     """n rows that practise one thing at a time: adding up at most so many lists, or finding the titles of a series.
 
     Demonstrations are too sparse to teach a new model to look things up; such rows do, as nearly every token of theirs
-    depends on a look-up.
+    depends on a look-up. Where titles have no series there is nothing to find.
     """
     found = [add_up(policy, rng, rng.integers(1, lists + 1), k) for _ in range(n // 2)]
     for _ in range(n - len(found)):
@@ -674,7 +676,7 @@ def exercises(
         given = build_prompt(policy, ctx, Task(sample), ALL_TOOLS, k)
         t = Trajectory(Task(sample), given)
         find_series(policy, ctx, t, rng, other.candidates)
-        found.append(t)
+        found.append(t if t.ids else add_up(policy, rng, lists, k))
     return found
 
 
@@ -701,13 +703,11 @@ def find_series(policy: Policy, ctx: Context, t: Trajectory, rng, others) -> Non
     own, names = all_series(ctx, t.task.sample)
     others = (*others, *ctx.ds.item[history(ctx.ds, t.task.sample)])
     asked = {*names, *(series_of(ctx.title(i)) for i in others)} - {"", own}
-    for name in [*rng.permutation(sorted(asked)), own]:
-        numbers = [i for i, x in enumerate(names, 1) if x == name]
-        thought = series_thought(str(name), numbers)
-        begin, word, rest = thought.partition(str(name))
-        if name != own:
-            append_observation(t, policy.encode(begin + word))
-        write(policy, t, thought if name == own else rest)
+    for name in map(str, [*rng.permutation(sorted(asked)), own]):
+        thought = series_thought(name, [i for i, x in enumerate(names, 1) if x == name])
+        given = f"<think>{SERIES} {name}" if name != own else ""
+        append_observation(t, policy.encode(given))
+        write(policy, t, thought.removeprefix(given))
 
 
 def write(policy: Policy, t: Trajectory, text: str) -> None:

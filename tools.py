@@ -285,8 +285,8 @@ def candidates_analyze(ctx: Context, sample: Sample) -> Observation:
     offered = ctx.log_price[list(sample.candidates)]
     if np.isnan(paid).all() or np.isnan(offered).all():
         return Observation(f"{text}; prices unknown")
-    gap = np.nan_to_num(offered - np.nanmedian(paid), nan=np.inf)
-    return Observation(text, np.exp(-0.5 * (gap / 0.5) ** 2))
+    usual = np.exp(-0.5 * ((offered - np.nanmedian(paid)) / 0.5) ** 2)
+    return Observation(text, np.nan_to_num(usual, nan=0.5))
 
 
 def get_similar_items(ctx: Context, sample: Sample, item_title: str) -> Observation:

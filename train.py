@@ -77,6 +77,7 @@ from model import (
     memory_need,
     memory_table,
     qwen3_config,
+    read_config,
     save_policy,
     separate_letters,
     tiny_shape,
@@ -157,8 +158,9 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
 def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     """The prompts of one step, reshuffled every epoch: samples (rta), or hard pairs in both directions (ppr).
 
-    A share of stage 2's prompts (--list-share) asks for the ranking of other pairs' samples again; without them the tiny
-    agent forgets within a dozen steps how to answer a ranking. An epoch then does not ask about every pair.
+    A share of stage 2's prompts (--list-share) asks for the ranking of other pairs' samples again, or where pairs are few
+    of any samples; without them the tiny agent forgets within a dozen steps how to answer a ranking. An epoch then does
+    not ask about every pair.
     """
     args, train = run.args, run.ds.splits["train"]
     directions = DIRECTIONS[args.ppr_directions]
@@ -177,7 +179,9 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     samples = {pair.sample: train.of(pair.sample) for pair in chosen}
     rng = np.random.default_rng([*seed, step])
     lists = [Task(samples[pair.sample]) for pair in chosen[n_pairs:]]
-    return pair_tasks(chosen[:n_pairs], samples, rng, directions) + lists
+    asked = pair_tasks(chosen[:n_pairs], samples, rng, directions)
+    more = rng.permutation(len(train))[: n_lists - len(lists)]
+    return asked + lists + [Task(train[i]) for i in more]
 
 
 def sample_groups(
@@ -261,8 +265,8 @@ def mine_pairs(run: Run) -> None:
 # ------------------------------------------------------------------------------------------- before stage 1: the warm-up
 
 
-def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
-    """The prompts and rows of one step of the warm-up, and for each row whether it answers about a pair.
+def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[Trajectory]]:
+    """The prompts and rows of one step of the warm-up, and what was demonstrated, a trajectory a row.
 
     Curriculum: exercises, if any; then demonstrations with up to one, two and five pieces of evidence, half of the rows
     still exercises. In the last tenth there are none, and half of the rankings are given at once, so that the agent can
@@ -277,7 +281,7 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
     tools = trained_tools(vars(args))
     script = (args.k, rng, max_steps, progress > 0.9, tools, args.ask_again)
     practise = args.batch if step < first else args.batch // 2 if first else 0
-    prompts, rows, paired = [], [], []
+    prompts, rows, shown = [], [], []
     for i in range(args.batch):
         if i < practise and progress < 0.9:
             lists = 1 + int(7 * min(1, step / first))
@@ -290,8 +294,8 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[bool]]:
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
-            paired.append(t.task.pair is not None)
-    return prompts, rows, paired
+            shown.append(t)
+    return prompts, rows, shown
 
 
 def demonstrations(run: Run, pool, rng, script: tuple) -> list[Trajectory]:
@@ -308,29 +312,29 @@ def demonstrations(run: Run, pool, rng, script: tuple) -> list[Trajectory]:
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     """One step of imitation of scripted demonstrations: cross-entropy over their action tokens, weighted."""
     args, began = run.args, time.perf_counter()
-    prompts, rows, paired = warmup_demonstrations(run, step)
+    prompts, rows, shown = warmup_demonstrations(run, step)
     n_actions = sum(sum(r.action_mask) for r in rows)
     own = my_share([len(r.ids) for r in rows])
-    begin = run.policy.encode("<answer>")[0]
-    endings = [len(r.ids) - r.ids.index(begin) if begin in r.ids else 0 for r in rows]
     counts = [sum(rows[i].action_mask) for i in own]
     weights = []
     for i, n in zip(own, counts):
-        heavy = min(n, endings[i])
+        heavy = shown[i].ending
         weights += [1.0] * (n - heavy) + [ENDING_WEIGHT] * heavy
-    shown = [rows[i] for i in own]
+    mine = [rows[i] for i in own]
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
-    logprobs, _ = accumulate(run.policy, prompts, shown, weights, n_actions, **how)
+    logprobs, _ = accumulate(run.policy, prompts, mine, weights, n_actions, **how)
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
-    for i, x in zip(own, logprobs.split(counts)):
-        sums[1 + paired[i]] -= float(x[-endings[i] :].sum())
+    for i, n, x in zip(own, counts, logprobs.split(counts)):
+        about_pair = shown[i].task.pair is not None
+        sums[1 + about_pair] -= float(x[n - shown[i].ending :].sum())
     total, lists, pairs = over_ranks(sums)
-    n_pairs = sum(paired)
+    answers = [t.task.pair is not None for t in shown if t.ending]
+    n_answers, n_pairs = len(answers), sum(answers)
     left, ramp = 1 - step / args.warmup_steps, min(50, 1 + args.warmup_steps // 10)
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * left))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}
     if step >= args.exercise_steps:
-        metrics["answer_loss"] = lists / max(1, len(rows) - n_pairs)
+        metrics["answer_loss"] = lists / max(1, n_answers - n_pairs)
         metrics["pair_loss"] = pairs / max(1, n_pairs)
     metrics |= update(run, lr)
     metrics["tokens"] = sum(len(r.ids) for r in rows)
@@ -832,8 +836,6 @@ def fill_in(args: argparse.Namespace) -> None:
         fast = args.device != "cpu" or able.get("avx512_bf16") or able.get("amx_bf16")
         args.dtype = "bfloat16" if fast else "float32"
     args.out = args.out or f"runs/{args.dataset}-{args.seed}"
-    if args.model == "new":
-        args.model = str(pathlib.Path(args.out) / "start")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -845,6 +847,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         (NOT_NEGATIVE, lambda x: 0 <= x < math.inf, "must not be negative"),
         ("group_size", lambda x: x > 1 or one and x == 1, "a group's mean needs at least 2 trajectories"),
         ("warmup_steps", lambda x: x or not one, "--stage warmup of this agent needs a number of steps"),
+        ("exercise_steps", lambda x: x < max(1, args.warmup_steps), "must be below --warmup-steps"),
         ("warmup_steps", lambda x: not x or args.stage in ("all", "warmup"), f"--stage {args.stage} has no warm-up"),
         ("width", lambda x: x % 64 == 0, "must be a multiple of 64"),
         ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
@@ -870,13 +873,16 @@ def open_run(args: argparse.Namespace) -> Run:
     ds = load_dataset(args.dataset, args.data_dir)
     args.dataset = ds.name  # "office" may mean another one later
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
+    sharded = args.shard and n > 1
+    load = partial(load_policy, find_model(args.model, out))
+    load = partial(load, device="cpu" if sharded else args.device, dtype=args.dtype)
+    # a model that cannot be loaded must not cost what --overwrite deletes
+    policy = None if args.model == "new" else load()
     if rank == 0:
         prepare(args, out, ds)
     over_ranks([0])  # the others wait for what rank 0 prepares
     ctx = make_context(args, out, ds)
-    path = find_model(args.model)
-    sharded = args.shard and n > 1
-    policy = load_policy(path, "cpu" if sharded else args.device, args.dtype)
+    policy = policy or load()
     if args.lora_rank:
         torch.manual_seed(args.seed)  # every rank makes the same adapters
         add_lora(policy, args.lora_rank)
@@ -898,12 +904,14 @@ def check_folder(args: argparse.Namespace, out: pathlib.Path) -> None:
     if not args.overwrite:
         hint = f"{hint}, continue it with --resume {out}, or --overwrite"
         raise ModelError(f"{out} exists; {hint}")
-    if not (out / "config.json").exists():
-        raise ModelError(f"{out} is no run folder: it is not overwritten; {hint}")
+    try:
+        read_config(out)
+    except ModelError as e:
+        why = "is no run folder: it is not overwritten"
+        raise ModelError(f"{out} {why}; {hint}") from e
     for name in filter(None, (args.model, args.data_dir)):
         for path in (pathlib.Path(name), HERE / name):
-            inside = path.resolve().is_relative_to(out.resolve())
-            if inside and path.name != "start":  # where --model new writes
+            if path.resolve().is_relative_to(out.resolve()):
                 raise ModelError(f"--overwrite would delete {name}; {hint}")
 
 
@@ -916,15 +924,19 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
             if path.name != LOCK:
                 remove(path)
         write_config(args, out, ds)
-    elif read_config(out)["fingerprint"] != ds.fingerprint():
-        what = "the dataset has changed since this run started"
-        raise DatasetError(f"{out}: {what}; restore it or start a new run")
+    else:
+        config = read_config(out)
+        if config["fingerprint"] != ds.fingerprint():
+            what = "the dataset has changed since this run started"
+            raise DatasetError(f"{out}: {what}; restore it or start a new run")
+        if vars(args).keys() - config["args"]:  # flags that are newer than the run
+            put_config(out, config | {"args": vars(args) | {"resumed": False}})
     for name, end in (("sasrec", ds.fit_end), ("sasrec_baseline", ds.train_end)):
         if not (out / f"{name}.safetensors").exists():
             model = train_sasrec(ds, end, progress=f"training {name}")
             put(out / f"{name}.safetensors", partial(save_sasrec, model))
     start = out / "start"  # kept: its tokenizer must not change on resuming
-    if args.model == str(start) and not start.exists():
+    if args.model == "new" and not start.exists():
         ctx = make_context(args, out, ds)
         texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
         agent = build_tiny_agent(texts, tiny_shape(args.width, args.layers))
@@ -951,8 +963,9 @@ def lock(out: pathlib.Path) -> None:
 
 def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
     """config.json: every flag, versions, commit and the dataset's fingerprint."""
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout
+    git, commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"], ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     config = {
         "args": vars(args),
@@ -962,15 +975,12 @@ def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> No
         "fingerprint": ds.fingerprint(),
         "threads": torch.get_num_threads(),
     }
+    put_config(out, config)
+
+
+def put_config(out: pathlib.Path, config: dict) -> None:
+    """Write config.json whole or not at all."""
     put(out / "config.json", lambda new: new.write_text(json.dumps(config, indent=1)))
-
-
-def read_config(out: pathlib.Path) -> dict:
-    """What write_config wrote; ModelError if `out` is no run folder."""
-    if not (out / "config.json").exists():
-        hint = "--resume takes a run folder that train.py made"
-        raise ModelError(f"{out}: no config.json; {hint}")
-    return json.loads((out / "config.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -998,7 +1008,8 @@ def main() -> None:
     if args.resumed:
         saved = read_config(pathlib.Path(args.resume))["args"]
         saved |= {"out": args.resume, "resumed": True}
-        args = argparse.Namespace(**vars(parse_args([])) | saved)
+        defaults = parse_args(["--preset", saved.get("preset", "tiny")])
+        args = argparse.Namespace(**vars(defaults) | saved)
     if args.memory:
         return print(memory_table(partial(memory, args)))
     join_ranks(args.device)
@@ -1043,5 +1054,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stopped = "stopped while preparing; run the same command again"
-    run_main(main, stopped, ModelError)
+    again = "run the same command again (a new run: with --overwrite)"
+    run_main(main, f"stopped while preparing; {again}", ModelError)

@@ -40,7 +40,16 @@ from data import (
 )
 from rollout import ALL_TOOLS, Task, user_prompt
 from sasrec import SASRec, train_sasrec
-from tools import TOOLS, Call, Context, ToolError, best, log_rank, run_call
+from tools import (
+    TOOLS,
+    Call,
+    Context,
+    ToolError,
+    best,
+    candidates_analyze,
+    log_rank,
+    run_call,
+)
 
 REPOSITORY = pathlib.Path(data.__file__).parent
 REAL = REPOSITORY.parent / "shared" / "data" / "office2018"
@@ -391,6 +400,16 @@ def test_ranks_and_the_best_with_ties():
 @pytest.fixture(scope="module")
 def real():
     return load_dataset("office2018", str(REAL))
+
+
+def test_a_candidate_without_a_price_is_neither_usual_nor_unusual(ctx, monkeypatch):
+    sample = ctx.ds.splits["test"][0]
+    before = candidates_analyze(ctx, sample).scores
+    prices = ctx.log_price.copy()
+    prices[sample.candidates[4]] = np.nan
+    monkeypatch.setattr(ctx, "log_price", prices)
+    after = candidates_analyze(ctx, sample).scores
+    assert after[4] == 0.5 and (after != before).sum() <= 1
 
 
 @needs_real

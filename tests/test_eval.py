@@ -286,6 +286,14 @@ def test_show_needs_a_number(monkeypatch, capsys):
     assert "--show 0 shows nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--temperature nan", "--temperature inf", "--samples -1"])  # fmt: skip
+def test_numbers_must_be_possible(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", *flags.split()])
+    with pytest.raises(SystemExit):
+        ev.parse_args()
+    assert "cannot be negative or infinite" in capsys.readouterr().err
+
+
 def test_several_sampling_seeds_need_a_temperature(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", "--seeds", "0", "1"])
     with pytest.raises(SystemExit):

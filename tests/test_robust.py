@@ -334,6 +334,19 @@ def more_tokens(folder):
     policy.tokenizer.save_pretrained(folder)
 
 
+def change_config(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def rename(weights):
+    for name in list(weights):
+        weights[f"module.{name}"] = weights.pop(name)
+
+
 DAMAGE = {  # what is done to a good checkpoint, and what is said about it
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "the tokenizer has no chat template; use an instruct model or set one"),
     "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no *.safetensors; convert the weights (pickles are not loaded)"),
@@ -344,6 +357,13 @@ DAMAGE = {  # what is done to a good checkpoint, and what is said about it
     "no config": (lambda f: (f / "config.json").unlink(), "RE:cannot be loaded: .+"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "RE:cannot be loaded: .+"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "RE:cannot be loaded: .+"),
+    "another tokenizer.json": (lambda f: (f / "tokenizer.json").write_text('{"a": 1}'), "RE:cannot be loaded: .+"),
+    "broken template": (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "RE:cannot be loaded: .+"),
+    "template that objects": (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"), "RE:cannot be loaded: no"),
+    "other sizes": (change_config(intermediate_size=100), "RE:cannot be loaded: .+"),
+    "heads in words": (change_config(num_attention_heads="four"), "RE:cannot be loaded: .+"),
+    "no weights of a layer": (change_config(num_hidden_layers=3, layer_types=["full_attention"] * 3), r"RE:\d+ weights are not in its files, model\.layers\.2\..+"),
+    "renamed weights": (lambda f: rewrite(f, rename), r"RE:\d+ weights are not in its files, .+"),
 }  # fmt: skip
 
 
@@ -391,6 +411,8 @@ WRONG = {
     "--warmup-steps 0 --stage warmup": "--stage warmup of this agent needs a number of steps",
     "--warmup-steps 5 --stage rta": "--stage rta has no warm-up",
     "--group-size 0 --stage warmup": "a group's mean needs at least 2 trajectories",
+    "--exercise-steps 6 --warmup-steps 6 --stage warmup": "must be below --warmup-steps",
+    "--exercise-steps 6": "must be below --warmup-steps",
     "--seed 1 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
 }  # fmt: skip
 

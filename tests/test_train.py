@@ -140,11 +140,72 @@ def test_a_run_folder_is_never_clobbered(small, monkeypatch, tmp_path):
     assert (tmp_path / "r" / "precious").exists()
     with pytest.raises(train.ModelError, match="is no run folder"):
         run_main(monkeypatch, *SHORT, "--out", tmp_path / "r", "--overwrite")
-    (tmp_path / "r" / "config.json").write_text("{}")
+    # every Hugging Face folder has a config.json: that alone is no reason to delete it
+    (tmp_path / "r" / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(train.ModelError, match="is no run folder"):
+        run_main(monkeypatch, *SHORT, "--out", tmp_path / "r", "--overwrite")
+    with pytest.raises(train.ModelError, match="no config.json of a run"):
+        run_main(monkeypatch, "--resume", tmp_path / "r")
+    (tmp_path / "r" / "config.json").write_text('{"args": {}}')
+    bad = ("--out", tmp_path / "r", "--overwrite", "--model", "assets/tiny-agnet")
+    with pytest.raises(train.ModelError, match="tiny-agnet: cannot be loaded"):
+        run_main(monkeypatch, *SHORT, *bad)
     own = ("--out", tmp_path / "r", "--overwrite", "--model", tmp_path / "r" / "rta")
     with pytest.raises(train.ModelError, match="--overwrite would delete .*rta"):
         run_main(monkeypatch, *SHORT, *own)
     assert (tmp_path / "r" / "precious").exists()
+
+
+def test_a_run_without_git_is_moved_and_resumed(small, monkeypatch, tmp_path):
+    """A new agent's start is looked for in the run's own folder; git is only asked for the commit."""
+    step = train.warmup_step
+
+    def stopping(run, number):
+        signal.raise_signal(signal.SIGTERM)
+        return step(run, number)
+
+    flags = ("--stage", "warmup", "--width", 64, "--layers", 1, "--warmup-steps", 2)
+    flags += ("--batch", 2, "--group-size", 1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setenv("PATH", "")
+        patch.setattr(train, "warmup_step", stopping)
+        run_main(patch, *flags, "--out", tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["commit"] is None
+    del config["args"]["ask_again"]  # as if the run were older than the flag
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "r").rename(tmp_path / "moved")
+    run_main(monkeypatch, "--resume", tmp_path / "moved")
+    assert [m["step"] for m in read_metrics(tmp_path / "moved")] == [1, 2]
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    assert config["args"]["ask_again"] == 0.0, "eval.py reads it there"
+
+
+def test_a_resumed_run_takes_newer_flags_from_its_own_preset(monkeypatch, tmp_path):
+    paper = {"preset": "paper", "model": "x"}  # as if list_share were newer
+    (tmp_path / "config.json").write_text(json.dumps({"args": paper}))
+    seen = []
+    monkeypatch.setattr(train, "open_run", lambda args: seen.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_main(monkeypatch, "--resume", tmp_path)
+    assert (seen[0].list_share, seen[0].greedy_answer, seen[0].model) == (0, False, "x")
+
+
+@pytest.mark.parametrize("n_pairs", [1, 4, 7, 30])
+def test_rankings_keep_their_share_where_pairs_are_few(world, n_pairs, tmp_path):
+    args = train.parse_args([])
+    run = train.Run(args, tmp_path, world, None, None)
+    samples = [world.splits["train"][i] for i in range(n_pairs)]
+    run.pairs = [
+        train.HardPair(s.id, s.target + 1, 20 - s.target % 20, 3) for s in samples
+    ]
+    for step in range(3):
+        tasks = train.stage_tasks(run, "ppr", step)
+        questions = [t for t in tasks if t.pair]
+        rankings = [t for t in tasks if not t.pair]
+        assert (len(questions), len(rankings)) == (2 * min(3, n_pairs), 6)
+        own = {t.sample.id for t in rankings} & {s.id for s in samples}
+        assert len(own) >= min(6, max(0, n_pairs - 3))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +336,58 @@ def test_an_exercise_finds_the_titles_of_a_series(ctx):
     assert asked.endswith(f"<think>Series {found[-1]}</think>")
 
 
+@pytest.mark.parametrize("series", ["", "in", "Series"])
+def test_exercises_are_for_any_titles(ctx, policy, monkeypatch, series):
+    """Two words have no series; one that is part of the thought's own words is not mistaken for them."""
+    names = [f"Acme {f'{series} ' * (i % 2)}Pen" for i in range(len(ctx.ds.items))]
+    monkeypatch.setattr(type(ctx), "title", lambda self, i: " ".join(names[i].split()))
+    rng, pool = np.random.default_rng(0), ctx.ds.splits["train"]
+    for t in train.exercises(policy, ctx, pool, rng, 12, 2, 10):
+        assert t.ids and sum(t.action_mask)
+        thoughts = re.findall("<think>Series (.*?)</think>", policy.decode(t.ids), re.DOTALL)  # fmt: skip
+        assert {x.split()[0] for x in thoughts} <= {series, "Duo"} - {""}
+        given = [x for x, m in zip(t.ids, t.action_mask) if not m]
+        asked = policy.decode(given).rpartition("<think>")[2]
+        assert not asked or t.ending or asked == f"Series {series}"
+
+
+def test_the_answer_weighs_double_whatever_the_tokens_of_its_tag(
+    small, monkeypatch, tmp_path, texts
+):
+    """A chat model's tokenizer writes <answer> in several tokens, of which other tags share the first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    plain.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet))
+    agent = train.build_tiny_agent(texts, {"num_hidden_layers": 1})
+    agent.tokenizer = type(agent.tokenizer)(
+        tokenizer_object=plain,
+        eos_token="!",
+        chat_template=agent.tokenizer.chat_template,
+    )
+    train.save_policy(agent, tmp_path / "agent")
+    seen, original = [], train.accumulate
+
+    def watching(policy, prompts, rows, weights, *more, **how):
+        ids = [i for r in rows for i, m in zip(r.ids, r.action_mask) if m]
+        assert len(ids) == len(weights)
+        seen.extend(zip(ids, weights))
+        return original(policy, prompts, rows, weights, *more, **how)
+
+    monkeypatch.setattr(train, "accumulate", watching)
+    flags = ("--stage", "warmup", "--model", tmp_path / "agent", "--warmup-steps", 1)
+    flags += ("--dtype", "float32", "--batch", 4, "--group-size", 1)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    tokenizer = agent.tokenizer
+    heavy = tokenizer.decode([i for i, w in seen if w == 2])
+    light = tokenizer.decode([i for i, w in seen if w == 1])
+    assert heavy.count("<answer>") == heavy.count("</answer>") == 4
+    assert "<think>" not in heavy and "<think>" in light and "answer" not in light
+
+
 def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
     flags = ("--stage", "warmup", "--model", "assets/tiny-agent", "--warmup-steps", 2)
     flags += ("--exercise-steps", 1, "--batch", 2, "--group-size", 2)
@@ -282,6 +395,29 @@ def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     practice, demonstrations = map(json.loads, lines)
     assert "answer_loss" not in practice and "answer_loss" in demonstrations
+
+
+def test_the_answers_loss_is_of_rows_that_answer(small, monkeypatch, tmp_path):
+    """Exercises that look for a series have no answer: they neither add to it nor thin it out."""
+    flags = ("--stage", "warmup", "--model", "assets/tiny-agent", "--warmup-steps", 20)
+    flags += ("--exercise-steps", 1, "--batch", 2, "--group-size", 4)
+    monkeypatch.setattr(train, "stage_steps", lambda *_: 2)
+    original, lengths = train.warmup_demonstrations, []
+
+    def watching(run, step):
+        found = original(run, step)
+        lengths[:] = [t.ending for t in found[2] if t.ending and not t.task.pair]
+        assert len(lengths) < len(found[2])
+        return found
+
+    def one_nat_a_token(policy, prompts, rows, weights, n, **how):
+        return torch.full((len(weights),), -1.0), None
+
+    monkeypatch.setattr(train, "warmup_demonstrations", watching)
+    monkeypatch.setattr(train, "accumulate", one_nat_a_token)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    mean = sum(lengths) / len(lengths)
+    assert read_metrics(tmp_path / "r")[-1]["answer_loss"] == pytest.approx(mean)
 
 
 def test_a_warm_up_asks_again_if_told(small, monkeypatch, tmp_path):
