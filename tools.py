@@ -49,7 +49,9 @@ class Observation:
             return self.text
         shown = digits(self.scores)
         order = np.argsort(-shown, kind="stable")
-        return f"{self.text}\n" + " ".join(f"{i + 1}:{shown[i]}" for i in order)
+        scores = " ".join(f"{i + 1}:{shown[i]}" for i in order)
+        # a long text must not cost the scores
+        return f"{clip_observation(self.text, MAX_OBSERVATION - 10 - len(scores))}\n{scores}"
 
 
 def digits(scores: np.ndarray) -> np.ndarray:
@@ -430,6 +432,6 @@ def tool_scores(ctx: Context, name: str, sample: Sample) -> np.ndarray:
     return np.zeros(len(sample.candidates)) if scores is None else scores
 
 
-def clip_observation(text: str) -> str:
-    """An observation cut to MAX_OBSERVATION characters."""
-    return text if len(text) <= MAX_OBSERVATION else text[:MAX_OBSERVATION] + " (cut)"
+def clip_observation(text: str, limit: int = MAX_OBSERVATION) -> str:
+    """An observation cut to `limit` characters, which it says."""
+    return text if len(text) <= limit else text[:limit] + " (cut)"

@@ -658,3 +658,10 @@ def test_a_new_tool_is_a_function_and_an_entry(monkeypatch, policy, ctx):
 
     monkeypatch.setitem(tools.TOOLS, "get_shelf", tools.Tool(get_shelf, "", "number"))
     assert not tools.tool_scores(ctx, "get_shelf", task.sample).any()
+
+
+def test_a_long_text_does_not_cost_the_scores():
+    for scores in (np.zeros(20), np.linspace(0, 1, 20)):
+        short, long = (tools.Observation("x" * n, scores).render() for n in (9, 3000))
+        assert long.split("\n")[1] == short.split("\n")[1]
+        assert tools.clip_observation(long) == long and " (cut)\n" in long
