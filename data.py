@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import ssl
 import sys
@@ -442,9 +443,10 @@ def csv_rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def positive_number(value: object) -> float | None:
-    """A positive number, also from text such as "$1,299.00"; None for null, a dash or "from 8.99"."""
+    """A positive number, also from text such as "$1,299.00"; None for null, a dash, "from 8.99" or a decimal comma."""
     try:
-        number = float(str(value).replace("$", "").replace(",", ""))
+        text = str(value).replace("$", "")
+        number = float(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
     except ValueError:
         return None
     return number if 0 < number < math.inf else None

@@ -247,6 +247,19 @@ def own_tools(folder: pathlib.Path) -> tuple[str, ...]:
     return trained_tools(found.get("args", {}))
 
 
+def note_differences(flags: dict, folder: pathlib.Path) -> None:
+    """Say where another run, if it is one, was trained with other settings than those it is evaluated with here."""
+    try:
+        other = read_config(folder)["args"]
+    except ModelError:
+        return
+    for name in ("dataset", "k", "title_chars", "max_new_tokens", "greedy_answer"):
+        here, there = flags.get(name), other.get(name)
+        if here != there:
+            how = f"was trained with {name} {there}; here it is {here}"
+            print(f"note: {folder} {how}")
+
+
 def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
     """The run's, those of --models and of --agent; "frozen" is what stage 1 started from, "r" trained without tools."""
     own, tools = config["args"]["model"], own_tools(args.out)
@@ -258,9 +271,12 @@ def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
             name = "r" if stage == "rta" and not tools else stage
             agents.append(Agent(name, str(args.out / stage), tools))
     for path in map(pathlib.Path, args.models):
-        stages = (path / stage for stage in ("ppr", "rta", "warmup"))
-        path = next((stage for stage in stages if stage.is_dir()), path)
+        # "r" is stage 1's
+        stages = ("ppr", "rta") if own_tools(path) else ("rta", "ppr")
+        found = (path / stage for stage in (*stages, "warmup"))
+        path = next((stage for stage in found if stage.is_dir()), path)
         tools = own_tools(path.parent)
+        note_differences(config["args"], path.parent)
         trained_r = not tools and "r" not in [a.name for a in agents]
         name = "r" if trained_r else "model:" + "/".join(path.parts[-2:])
         if name in [a.name for a in agents]:
@@ -281,7 +297,12 @@ def identity(path: str | pathlib.Path) -> str:
     if folder.is_dir():
         return " ".join(identity(p) for p in sorted(folder.iterdir()) if p.is_file())
     if not folder.is_file():  # the hub's cache has a folder for each commit
-        return f"{path}@{pathlib.Path(cached_file(path, 'config.json')).parent.name}"
+        try:
+            found = cached_file(path, "config.json")
+        except (OSError, ValueError) as e:
+            why = "no such folder, and no hub id in reach"
+            raise ModelError(f"{path}: {why}") from e
+        return f"{path}@{pathlib.Path(found).parent.name}"
     with folder.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
@@ -313,7 +334,7 @@ def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) ->
         "positive": s.target + 1, "title": ctx.title(s.candidates[s.target]),
         "pair": t.task.pair, "more": t.task.more, "answer": t.answer, "end": t.end,
         "valid": t.valid, "rank": rank_of_positive(t),
-        "reward": reward(ctx, t, args.k, args.bonus),
+        "reward": float(reward(ctx, t, args.k, args.bonus)),
         "calls": [call.name for call in t.calls], "tokens": sum(t.action_mask),
         "seconds": now - clock.pop(), "tool_seconds": t.tool_seconds,
         "prompt": policy.decode(t.prompt), "text": policy.decode(t.ids),
@@ -500,15 +521,17 @@ def table(result: dict) -> str:
     rows, shown = result["rows"], [m for m in METRICS if m != "ndcg@1"]
     names = [m.replace("hit", "H").replace("ndcg", "N").upper() for m in shown]
     seeds = f"sampling seeds {' '.join(map(str, result['seeds']))}"
+    seeds += f", rankings of {result['k']}" if result["k"] != 10 else ""
+    width = 1 + max(25, *map(len, rows))
     lines = [
         f"{result['split']} split, {result['n']} samples, {seeds}, 95% intervals over users",
-        " " * 26 + "".join(f"{n:>16}" for n in names) + f"{'valid':>8}{'calls':>7}",
+        " " * width + "".join(f"{n:>16}" for n in names) + f"{'valid':>8}{'calls':>7}",
     ]
     for name, row in rows.items():
         cells = "".join(f"  {interval(row[m]):>14}" for m in shown)
         if "calls" in row:  # an agent
             cells += f"{row['valid']:8.1%}{row['tool_calls']:7.2f}"
-        lines.append(f"{name:26}{cells}")
+        lines.append(f"{name:{width}}{cells}")
     lines += ["", *(cost(n, row) for n, row in rows.items() if "calls" in row)]
     last = next((name for name in FINAL if name in rows), None)
     others = [name for name in rows if last and name != last]
@@ -516,7 +539,7 @@ def table(result: dict) -> str:
         lines.append(f"\nN@10 of {last} minus each other row (paired):")
     for name in others:
         gap = result["paired"][f"{last}-{name}"]["ndcg@10"]
-        lines.append(f"  {name:26}{signed(gap)}")
+        lines.append(f"  {name:{width}}{signed(gap)}")
     if "probes" in result:
         lines += probe_lines(result["probes"])
     return "\n".join(lines)
@@ -675,6 +698,9 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
 def evaluate(args, ctx: Context, agents: list[Agent], samples: list) -> Rows:
     """The rows asked for; ModelError for one that there is not."""
     names, rows = [a.name for a in agents], {}
+    agents = [a for a in agents if not args.rows or a.name in args.rows]
+    for agent in agents:
+        identity(agent.path)  # a misspelt --models should not cost an evaluation first
     if not args.rows or set(args.rows) - set(names):
         for name, scores in baseline_scores(ctx, args.out, samples).items():
             rows[name] = [[{"rank": r} for r in ranks_from_scores(scores, samples)]]
@@ -682,7 +708,7 @@ def evaluate(args, ctx: Context, agents: list[Agent], samples: list) -> Rows:
         known = " ".join([*rows, *names])
         raise ModelError(f"no row {' '.join(unknown)}; there are {known}")
     tasks = [Task(s) for s in samples]
-    for agent in (a for a in agents if not args.rows or a.name in args.rows):
+    for agent in agents:
         rows[agent.name] = [play(args, ctx, agent, tasks, seed) for seed in args.seeds]
     return {n: x for n, x in rows.items() if not args.rows or n in args.rows}
 
@@ -715,9 +741,11 @@ def main() -> None:
         return
     pairs = ask_pairs(args, ctx, agents)
     make = functools.partial(payload, args, config, result, rows, pairs)
-    (args.out / "eval.json").write_text(json.dumps(result, indent=1))
-    write_report(args.out / "report.html", make)
-    print(f"\nwritten: {args.out / 'eval.json'}, {args.out / 'report.html'}")
+    which = "" if args.split == "test" else f"-{args.split}"
+    figures, page = args.out / f"eval{which}.json", args.out / f"report{which}.html"
+    figures.write_text(json.dumps(result, indent=1))
+    write_report(page, make)
+    print(f"\nwritten: {figures}, {page}")
     if args.plot is not None:
         plot(make(0), pathlib.Path(args.plot or args.out / "plots"))
 

@@ -113,9 +113,11 @@ After a step you are asked for another thought on it: write that and its call, o
 
 def system_prompt(tools: tuple[str, ...], k: int, strategy: str = "react") -> str:
     """Task, format and tool schemas, for chat models (the tiny agent's template leaves it out)."""
+    # a new strategy need not have a text of its own
+    how = HOW.get(strategy, HOW["react"])
     lines = [
         "You are a recommender. Given a user's purchases, latest first, and numbered candidates, find what the user buys next.",
-        HOW[strategy] if tools else "First think inside <think></think>.",
+        how if tools else "First think inside <think></think>.",
         f"Finish with the {k} best candidates, best first: <answer>\\boxed{{[8,3,15,...]}}</answer>, or, if asked about",
         "two options, with <answer>\\boxed{A}</answer> or <answer>\\boxed{B}</answer>.",
     ]
@@ -141,7 +143,7 @@ def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
 def rated(ctx: Context, rows: np.ndarray) -> list[str]:
     """Titles and ratings of these interactions."""
     ds = ctx.ds
-    return [f"{ctx.title(ds.item[r])} ({ds.rating[r]:.0f})" for r in rows]
+    return [f"{ctx.title(ds.item[r])} ({ds.rating[r]:.3g})" for r in rows]
 
 
 def chat_ids(policy: Policy, turns: dict[str, str], **more) -> list[int]:

@@ -54,6 +54,11 @@ class Observation:
         return f"{clip_observation(self.text, MAX_OBSERVATION - 10 - len(scores))}\n{scores}"
 
 
+def in_range(scores: np.ndarray) -> bool:
+    """Whether all scores are numbers in [0, 1]: a NaN would spread through whatever adds them up."""
+    return bool(((np.asarray(scores) >= 0) & (np.asarray(scores) <= 1)).all())
+
+
 def digits(scores: np.ndarray) -> np.ndarray:
     """Scores in [0, 1] as the digits 0 to 9 that an observation shows."""
     return np.clip((np.asarray(scores) * 10).astype(int), 0, 9)
@@ -413,7 +418,11 @@ def run_call(ctx: Context, sample: Sample, call: Call) -> Observation:
     if key not in ctx._memory:
         if len(ctx._memory) > 100_000:
             ctx._memory.clear()
-        ctx._memory[key] = TOOLS[call.name].run(ctx, sample, **call.arguments)
+        found = TOOLS[call.name].run(ctx, sample, **call.arguments)
+        n, scores = len(sample.candidates), found.scores
+        fits = scores is None or np.shape(scores) == (n,) and in_range(scores)
+        assert fits, f"{call.name}: scores must be {n} numbers in [0, 1], or None"
+        ctx._memory[key] = found
     return ctx._memory[key]
 
 

@@ -143,7 +143,7 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     G = args.group_size
     groups = sample_groups(run, tasks, seed, args.slots, G)  # P lists of G
     for t in (t for group in groups for t in group):
-        t.reward = reward(run.ctx, t, args.k, args.bonus)  # Eq. 1, or of a pair
+        t.reward = float(reward(run.ctx, t, args.k, args.bonus))  # Eq. 1, or of a pair
     rolled = time.perf_counter()
     metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
     metrics |= backward(run, groups)  # advantages and gradient, Eq. 6
@@ -255,11 +255,11 @@ def mine_pairs(run: Run) -> None:
     with progress_bar("mining hard pairs", len(tasks) // n, "sample") as bar:
         groups = sample_groups(run, tasks, seed, slots, 1, lambda group: bar.update())
     run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
-    if not run.pairs:
-        why = "the policy ranked every positive first, or no answer was valid"
-        raise ModelError(f"no hard pairs: {why}")
     put_json(run.out / "hard_pairs.jsonl", map(vars, run.pairs))
     tqdm.write(f"mined {len(run.pairs)} hard pairs from {len(tasks)} training samples")
+    if not run.pairs:
+        why = "the policy ranked every positive first, or no answer was valid"
+        tqdm.write(f"stage 2 is left out: {why}")
 
 
 # ------------------------------------------------------------------------------------------- before stage 1: the warm-up
@@ -409,6 +409,8 @@ def train_stage(run: Run, stage: str) -> None:
             run.pairs = [HardPair(**pair) for pair in read_jsonl(path)]
         else:
             mine_pairs(run)
+        if not run.pairs:
+            return
     if stage == "warmup" and run.step == 0 and not run.score:
         separate_letters(run.policy, run.args.seed)
     steps = stage_steps(run, stage)
@@ -481,6 +483,9 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     if cut > 0.3:
         flag = f"--max-new-tokens {args.max_new_tokens}"
         tqdm.write(f"warning: {cut:.0%} of answers were cut by {flag}")
+    if metrics.get("valid") == 0:
+        hint = f"does the agent know rankings of --k {args.k}? if not: --stage warmup"
+        tqdm.write(f"warning: no answer was valid; {hint}")
     kl = metrics.get("kl_sampler_trainer") or 0
     if kl > (1e-4 if run.policy.dtype == torch.float32 else 1e-2):  # bf16 is coarse
         tqdm.write(f"warning: sampler and trainer disagree, KL {kl:.1e}")
@@ -507,7 +512,7 @@ def trajectory_json(run: Run, t, metrics: dict, advantage: float) -> dict:
     """One trajectory to read: prompt and text, what was right, reward and advantage."""
     return {
         "stage": metrics["stage"], "step": metrics["step"], "sample": t.task.sample.id, "pair": t.task.pair,
-        "more": t.task.more, "positive": t.task.sample.target + 1, "answer": t.answer, "end": t.end,
+        "more": t.task.more, "positive": t.task.sample.target + 1, "answer": t.answer, "valid": t.valid, "end": t.end,
         "reward": round(t.reward, 4), "advantage": round(float(advantage), 4),
         "prompt": run.policy.decode(t.prompt), "text": run.policy.decode(t.ids),
     }  # fmt: skip
@@ -746,7 +751,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("max-new-tokens", int, (800, 6144), "of a trajectory with its observations"),
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to so many characters"),
-    ("k", int, 10, "length of the ranking, K (paper: 10)"),
+    ("k", int, 10, "length of the ranking, K (paper: 10); the bundled agent needs a warm-up for another"),
     ("bonus", float, BONUS, "reward for rank 1 with a tool"),
     ("max-grad-norm", float, 1.0, "gradient clipping"),
     "variants (defaults: the paper's estimator)",
@@ -759,7 +764,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2: reward, or Prop. 2"),
     ("no-tools", bool, False, "train to reason without tools (row R)"),
     ("without-tool", ALL_TOOLS, [], "remove this tool; can be repeated"),
-    ("profiles", ("template", "llm"), "template", "who writes the user profiles"),
+    ("profiles", ("template", "llm"), "template", "who writes the user profiles (llm: a chat model)"),
     "machine",
     ("seed", int, 0, "of training; samples and SASRec stay the same"),
     ("device", str, "auto", "cpu, cuda, ..."),

@@ -9,7 +9,7 @@ from test_fuzz import Scripts
 
 import rollout as rollout_module
 from grpo import list_reward
-from rollout import ALL_TOOLS, MAX_CALLS, STRATEGIES, Task, rollout
+from rollout import ALL_TOOLS, MAX_CALLS, STRATEGIES, Task, rollout, system_prompt
 from tools import Call, ToolError, run_call
 
 RANKING = list(range(10, 0, -1))
@@ -233,6 +233,10 @@ def test_a_long_observation_leaves_room_for_the_question(play, policy, monkeypat
     monkeypatch.setattr(rollout_module, "act", lambda *_: "x" * 5000)
     t = play("self-inspiring", call("get_user_profile"))
     assert observations(policy, t)[0].endswith("x\n" + rollout_module.ANOTHER)
+
+
+def test_a_strategy_without_a_text_of_its_own_is_told_as_react():
+    assert system_prompt(ALL_TOOLS, 10, "mine") == system_prompt(ALL_TOOLS, 10, "react")
 
 
 def test_each_strategy_is_told_how(policy, ctx):

@@ -44,6 +44,8 @@ from tools import (
     TOOLS,
     Call,
     Context,
+    Observation,
+    Tool,
     ToolError,
     best,
     candidates_analyze,
@@ -410,6 +412,14 @@ def test_a_candidate_without_a_price_is_neither_usual_nor_unusual(ctx, monkeypat
     monkeypatch.setattr(ctx, "log_price", prices)
     after = candidates_analyze(ctx, sample).scores
     assert after[4] == 0.5 and (after != before).sum() <= 1
+
+
+@pytest.mark.parametrize("scores", [np.full(20, np.nan), np.full(20, 1.01), np.zeros(19)])  # fmt: skip
+def test_scores_that_would_spoil_every_sum_are_refused(ctx, monkeypatch, scores):
+    tool = Tool(lambda ctx, sample: Observation("?", scores), "")
+    monkeypatch.setitem(TOOLS, "get_weather", tool)
+    with pytest.raises(AssertionError, match=r"get_weather: scores must be 20 numbers"):
+        run_call(ctx, ctx.ds.splits["test"][0], Call("get_weather", {}))
 
 
 @needs_real
@@ -875,7 +885,7 @@ def test_amazon_flags_keep_unpriced_items_and_move_the_window(mirror, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "price"),
-    [(8.99, 8.99), (5, 5.0), ("8.99", 8.99), ("$1,299.00", 1299.0), (None, None), ("—", None), ("from 8.99", None),
+    [(8.99, 8.99), (5, 5.0), ("8.99", 8.99), ("$1,299.00", 1299.0), ("1,299,000", 1299000.0), ("4,75", None), (None, None), ("—", None), ("from 8.99", None),
      ("", None), (0, None), (-3, None), ("nan", None), (float("inf"), None), (10**400, None), (10**4299, None), ([1], None)],
 )  # fmt: skip
 def test_prices(value, price):

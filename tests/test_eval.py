@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_a_copied_order_is_told_from_a_fused_one(policy, ctx):
         t = demonstrate(policy, ctx, Task(ctx.ds.splits["train"][seed]), 10, rng, 1)
         text = policy.decode(t.ids)
         line = {"valid": True, "text": text, "answer": t.answer}
-        if len(t.calls) == 1 and ":" in text.rsplit("\n", 1)[-1]:
+        if len(t.calls) == 1 and re.match(r"\d+:\d", text.rsplit("\n", 1)[-1]):
             assert ev.copied_tool(line) == t.calls[0].name
             found.add(t.calls[0].name)
             swapped = line | {"answer": [t.answer[1], t.answer[0], *t.answer[2:]]}
@@ -378,3 +379,40 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     start = page.index('id="payload">') + len('id="payload">')
     assert json.loads(page[start : page.index("</script>", start)])["eval"] == result
     assert "N@10 of frozen minus" in capsys.readouterr().out
+    monkeypatch.setattr(ev, "reward", lambda *_: np.float32(0.25))  # a fork's own
+    flags = ("--samples", "2", "--split", "valid")
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *flags])
+    ev.main()
+    assert json.loads((tmp_path / "eval.json").read_text()) == result
+    valid = json.loads((tmp_path / "eval-valid.json").read_text())
+    assert (valid["split"], valid["rows"]["frozen"]["reward"]) == ("valid", 0.25)
+
+
+def test_other_settings_of_another_run_are_told(tmp_path, capsys):
+    for name, flags in {"a": {"k": 10}, "b": {"k": 5}}.items():
+        (tmp_path / name / "rta").mkdir(parents=True)
+        config = {"args": {"model": "x", **flags}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    models = [tmp_path / "b", tmp_path / "b" / "rta"]
+    args = argparse.Namespace(out=tmp_path / "a", models=models, agent=["react"])
+    ev.run_agents(args, {"args": {"model": "x", "k": 10}})
+    note = f"note: {tmp_path / 'b'} was trained with k 5; here it is 10\n"
+    assert capsys.readouterr().out == 2 * note
+
+
+def test_the_row_without_tools_is_stage_1s(tmp_path):
+    for stage in ("rta", "ppr"):
+        (tmp_path / "b" / stage).mkdir(parents=True)
+    config = {"args": {"model": "x", "no_tools": True}}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    args = argparse.Namespace(out=tmp_path, models=[tmp_path / "b"], agent=["react"])
+    agents = {a.name: a.path for a in ev.run_agents(args, {"args": {"model": "x"}})}
+    assert agents["r"] == str(tmp_path / "b" / "rta")
+
+
+def test_a_misspelt_model_is_named_before_anything_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "cached_file", lambda *_: pathlib.Path("nowhere").stat())
+    agents = [ev.Agent("model:runs/nope", "runs/nope", ())]
+    args = argparse.Namespace(rows=None, out=tmp_path)
+    with pytest.raises(ev.ModelError, match="runs/nope: no such folder"):
+        ev.evaluate(args, None, agents, [])

@@ -181,6 +181,18 @@ def test_a_run_without_git_is_moved_and_resumed(small, monkeypatch, tmp_path):
     assert config["args"]["ask_again"] == 0.0, "eval.py reads it there"
 
 
+def test_without_hard_pairs_stage_2_is_left_out(small, monkeypatch, tmp_path, capsys):
+    """An agent that ranks every positive first has learned all that it can be asked: no error, stage 1 stands."""
+    monkeypatch.setattr(train, "mine", lambda *_: [])
+    flags = (*SHORT, "--steps", 1, "--ppr-steps", 1)
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    run_main(monkeypatch, "--resume", tmp_path / "r")
+    told = "".join(capsys.readouterr())
+    assert "stage 2 is left out: the policy ranked every positive first" in told
+    assert (tmp_path / "r" / "rta").is_dir() and not (tmp_path / "r" / "ppr").exists()
+    assert [m["stage"] for m in read_metrics(tmp_path / "r")] == ["rta"]
+
+
 def test_a_resumed_run_takes_newer_flags_from_its_own_preset(monkeypatch, tmp_path):
     paper = {"preset": "paper", "model": "x"}  # as if list_share were newer
     (tmp_path / "config.json").write_text(json.dumps({"args": paper}))
