@@ -879,8 +879,8 @@ def open_run(args: argparse.Namespace) -> Run:
     args.dataset = ds.name  # "office" may mean another one later
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
     sharded = args.shard and n > 1
-    load = partial(load_policy, find_model(args.model, out))
-    load = partial(load, device="cpu" if sharded else args.device, dtype=args.dtype)
+    where = "cpu" if sharded else args.device
+    load = partial(load_policy, find_model(args.model, out), where, args.dtype)
     # a model that cannot be loaded must not cost what --overwrite deletes
     policy = None if args.model == "new" else load()
     if rank == 0:
