@@ -242,20 +242,23 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
 
 def own_tools(folder: pathlib.Path) -> tuple[str, ...]:
     """The tools that a run trained with; all of them in a folder that is no run."""
-    file = folder / "config.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    return trained_tools(found.get("args", {}))
+    return trained_tools(run_flags(folder))
+
+
+def run_flags(folder: pathlib.Path) -> dict:
+    """The flags that a run was started with; none for a folder that is no run."""
+    try:
+        return read_config(folder)["args"]
+    except ModelError:
+        return {}
 
 
 def note_differences(flags: dict, folder: pathlib.Path) -> None:
     """Say where another run, if it is one, was trained with other settings than those it is evaluated with here."""
-    try:
-        other = read_config(folder)["args"]
-    except ModelError:
-        return
+    other = run_flags(folder)
     for name in ("dataset", "k", "title_chars", "max_new_tokens", "greedy_answer"):
         here, there = flags.get(name), other.get(name)
-        if here != there:
+        if other and here != there:
             how = f"was trained with {name} {there}; here it is {here}"
             print(f"note: {folder} {how}")
 

@@ -56,7 +56,8 @@ class Observation:
 
 def in_range(scores: np.ndarray) -> bool:
     """Whether all scores are numbers in [0, 1]: a NaN would spread through whatever adds them up."""
-    return bool(((np.asarray(scores) >= 0) & (np.asarray(scores) <= 1)).all())
+    scores = np.asarray(scores)
+    return bool(((scores >= 0) & (scores <= 1)).all())
 
 
 def digits(scores: np.ndarray) -> np.ndarray:

@@ -323,13 +323,12 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     mine = [rows[i] for i in own]
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
     logprobs, _ = accumulate(run.policy, prompts, mine, weights, n_actions, **how)
+    paired = [t.task.pair is not None for t in shown]
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, n, x in zip(own, counts, logprobs.split(counts)):
-        about_pair = shown[i].task.pair is not None
-        sums[1 + about_pair] -= float(x[n - shown[i].ending :].sum())
+        sums[1 + paired[i]] -= float(x[n - shown[i].ending :].sum())
     total, lists, pairs = over_ranks(sums)
-    answers = [t.task.pair is not None for t in shown if t.ending]
-    n_answers, n_pairs = len(answers), sum(answers)
+    n_answers, n_pairs = sum(t.ending > 0 for t in shown), sum(paired)
     left, ramp = 1 - step / args.warmup_steps, min(50, 1 + args.warmup_steps // 10)
     lr = args.warmup_lr * min(1.0, (step + 1) / ramp, max(0.02, 1.5 * left))
     metrics = {"stage": "warmup", "step": step + 1, "loss": total / n_actions}

@@ -197,6 +197,24 @@ def table(args) -> str:
     return "\n".join(out)
 
 
+def against_all(args) -> str:
+    """N@10 of each variant of stage 1 minus that of all runs of the default that are kept, whatever their seed, and t."""
+    every = (lines(args, "default", s) for s in range(20))
+    base = scores([x for x in every if x], "ndcg@10").mean(1)
+    out = [f"minus all {len(base)} runs of the default, {base.mean():.3f}:"]
+    for name in STAGE_1:
+        runs = [lines(args, name, s) for s in args.seeds]
+        if name != "default" and None not in runs:
+            own = scores(runs, "ndcg@10").mean(1)
+            n, m = len(base), len(own)
+            within = (n * base.var() + m * own.var()) / (n + m - 2)  # pooled
+            gap = own.mean() - base.mean()
+            out.append(
+                f"  {name:24}{gap:+.3f}  t {gap / (within * (1 / n + 1 / m)) ** 0.5:+.1f}"
+            )
+    return "\n".join(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", nargs="*", default=[], help="variants, or all")
@@ -227,6 +245,7 @@ def main() -> None:
             list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
     args.kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     text = table(args)
+    print(against_all(args))
     KEPT.write_text(json.dumps(args.kept, indent=1) + "\n")
     put_into_readme(args.into, text) if args.into else print(text)
 
