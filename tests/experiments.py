@@ -34,9 +34,8 @@ from rollout import Task
 
 STAGE_1 = {
     "default": "",
-    # samples the answer too, for nothing else is left; start from an agent made by train.py --stage warmup --no-tools:
-    # the bundled one always ranks 1, 2, 3, ... if it may not look anything up, and such groups have no gradient
-    "no tools": "--no-tools",
+    # what is left to learn is whether to read the titles: the answers need not be sampled
+    "no tools": "--no-tools --greedy-answer",
     "G 2": "--group-size 2 --batch 48",
     "G 4": "--group-size 4 --batch 24",
     "G 16": "--group-size 16 --batch 6",
