@@ -223,12 +223,19 @@ def main(monkeypatch, hostile, agent):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs") / "whole"
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def undisturbed(main, runs):
+    """A whole run, made by the first test that needs it."""
+    if not (runs / "whole").exists():
+        main("--out", runs / "whole")
+    return runs / "whole"
 
 
 def test_a_run_killed_interrupted_and_out_of_disk_ends_like_an_undisturbed_one(main, monkeypatch, tmp_path, undisturbed, capsys):  # fmt: skip
-    main("--out", undisturbed)
     out, log_step, save_state = tmp_path / "parts", train.log_step, train.save_state
 
     def killed(*args):
