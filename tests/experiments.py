@@ -59,6 +59,8 @@ STAGE_1 |= {f"width {n}": f"--model {{runs}}/size-{n}/warmup" for n in (64, 128,
 LONGER = "--ppr-steps 24 --ppr-lr 1e-4"  # twice the default's, at twice the rate: differences are easier to see
 STAGE_2 = {
     "stage 2": "",
+    # as many trajectories (96 x 15) as stage 2's mining and steps take (320 + 96 x 12), at its learning rate
+    "as much of stage 1": "--stage rta --steps 15 --lr 5e-5",
     "longer stage 2": LONGER,
     "random negatives": f"{LONGER} --random-negatives",
     "asked for more only": f"{LONGER} --ppr-directions more",
@@ -66,14 +68,16 @@ STAGE_2 = {
     "bound as a loss": f"{LONGER} --ppr-objective logistic",
     "pairs only": f"{LONGER} --list-share 0",
     "stage 2 with sampled answers": f"{LONGER} --no-greedy-answer",
-    # as many trajectories (96 x 27) as the longer stage 2's mining and steps take (320 + 96 x 24), at its learning rate
+    # the same for the longer stage 2 (96 x 27; 320 + 96 x 24)
     "more of stage 1": "--stage rta --steps 27 --lr 1e-4",
 }
 
 
 def reference(name: str) -> str:
     """What a variant is compared with: stage 2 with the stage 1 that it starts from, what changes it with the longer one."""
-    return "longer stage 2" if name in list(STAGE_2)[2:] else "default"
+    if name == "as much of stage 1":
+        return "stage 2"
+    return "longer stage 2" if name in list(STAGE_2)[3:] else "default"
 
 
 def folder(args, name: str, seed: int) -> pathlib.Path:
@@ -95,7 +99,7 @@ def train(args, name: str, seed: int) -> None:
         flags = ["--dataset", args.dataset, "--out", str(out), "--overwrite"]
         flags += ["--data-dir", args.data_dir] if args.data_dir else []
         flags += ["--test-samples", str(args.samples), "--no-eval"]
-        if name == "more of stage 1":  # on other samples than the first time
+        if name.endswith("of stage 1"):  # on other samples than the first time
             flags += ["--seed", str(seed + 10)]
         else:
             flags += ["--seed", str(seed)]
