@@ -356,6 +356,7 @@ def play(args, ctx, agent: Agent, tasks: list[Task], seed: int, off=()) -> list[
     temperature = 0 if agent.strategy == "plan-first" else args.temperature
     if missing:
         policy = load_policy(agent.path, args.device, args.dtype)
+        policy.model = policy.sampler()  # without fp32 matrices that nobody trains
         ctx.unavailable = off
         ctx._memory.clear()  # so that tools take the time of a first call
         file.parent.mkdir(exist_ok=True)
@@ -656,6 +657,7 @@ def parse_args() -> argparse.Namespace:
     how = {"nargs": "+", "choices": list(STRATEGIES), "default": ["react"]}
     add("--agent", **how, help="also the untrained model as these agents")
     add("--device", help="default: the run's")
+    add("--slots", type=int, help="requests at once (default: a rollout's rows)")
     add("--probes", type=int, nargs="?", const=300, help="on so many samples (300)")
     add("--plot", nargs="?", const="", metavar="DIR", help="figures (RUN/plots)")
     add("--show", type=int, metavar="N", help="print N trajectories and stop")
@@ -664,11 +666,11 @@ def parse_args() -> argparse.Namespace:
     if args.rows and (args.probes or args.plot is not None):
         parser.error("--probes and --plot need all rows: leave --rows out")
     numbers = [args.samples, args.show, args.probes, *args.seeds, args.temperature]
-    if not all(0 <= (number or 0) < math.inf for number in numbers):
-        flags = "--samples, --show, --probes, --seeds and --temperature"
+    if not all(0 <= (number or 0) < math.inf for number in [*numbers, args.slots]):
+        flags = "--samples, --show, --probes, --slots, --seeds and --temperature"
         parser.error(f"{flags} cannot be negative or infinite")
-    if args.show == 0:
-        parser.error("--show 0 shows nothing: give a number of trajectories")
+    if 0 in (args.show, args.slots):
+        parser.error("--show 0 and --slots 0 do nothing: give a positive number")
     if len(args.seeds) > 1 and not args.temperature:
         parser.error(
             "--seeds need a --temperature above 0: greedy agents have no chance"
@@ -689,7 +691,7 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
     if args.samples is None:
         args.samples = own["test_samples"]
     check_device(args.device)
-    args.slots = own["slots"] * own["group_size"]
+    args.slots = args.slots or own["slots"] * own["group_size"]
     ds = load_dataset(own["dataset"], own["data_dir"])
     if ds.fingerprint() != config["fingerprint"]:
         raise DatasetError(f"{args.out}: its dataset has changed since; restore it")

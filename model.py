@@ -38,6 +38,7 @@ SHARED_BEGINNING = 64  # tokens that all prompts begin with are worth a forward
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
 FEW = 4  # decode rows apart from the batch when they are less than a fourth of it
 BLOCK = 256  # queries at a time in attention on a CPU
+SPARE = 32, 256  # positions by which buffers grow on a CPU, on a GPU
 
 
 class ModelError(ValueError):
@@ -144,10 +145,14 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
 
 def whole_attention(query, key, value, scaling: float):
     """torch's attention of [b, H, S, D] queries, the last S of T tokens; a kv head serves the query heads that share it."""
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    # flash attention, which a GPU has for bf16, needs no copies of the kv heads
+    shared = query.is_cuda and query.dtype == torch.bfloat16
+    if not shared:
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
     mask = causal_lower_right(query.shape[2], key.shape[2])  # a kernel's own, on a GPU
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    how = {"scale": scaling, "enable_gqa": shared}
+    return F.scaled_dot_product_attention(query, key, value, mask, **how)
 
 
 def shared_prefix_attention(
@@ -180,6 +185,8 @@ class Policy:
 
     def __post_init__(self):
         self.model.set_attn_implementation("shared_prefix")
+        # cuDNN's attention makes a plan for each new length of a prompt
+        torch.backends.cuda.enable_cudnn_sdp(False)
         windows = [getattr(m, "sliding_window", None) for m in self.model.modules()]
         self.window = min(filter(None, windows), default=None)
         added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
@@ -280,7 +287,8 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
             return Policy(model, tokenizer, place, getattr(torch, dtype))
     except Exception as e:  # a damaged folder makes transformers raise whatever
         why = next(iter(str(e).splitlines()), type(e).__name__)
-        why += "" if folder.is_dir() else "; no such folder, and no hub id in reach"
+        if not (folder.is_dir() or isinstance(e, torch.OutOfMemoryError)):
+            why += "; no such folder, and no hub id in reach"
         raise ModelError(f"{path}: cannot be loaded: {why}") from e
     raise ModelError(f"{path}: {fault}")
 
@@ -365,7 +373,7 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRA):
-            module.linear.weight = nn.Parameter(module.merged())
+            module.linear.weight = nn.Parameter(module.merged().to(dtype))
             model.set_submodule(name, module.linear)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype != dtype:
@@ -545,8 +553,10 @@ class RaggedBatch:
 
 def reserve(buffers: list[LayerKV], T: int) -> None:
     """Make room for T positions in buffers [..., T, D], and for some more, so that this is seldom done."""
-    more = T + 32 - buffers[0][0].shape[-2]
-    if more > 32:
+    # on a GPU each growth needs blocks that no freed one is large enough for
+    spare = SPARE[buffers[0][0].is_cuda]
+    more = T + spare - buffers[0][0].shape[-2]
+    if more > spare:
         for layer, pair in enumerate(buffers):
             buffers[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
 
@@ -636,7 +646,7 @@ def token_logprobs(
 
 def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float):
     """Log-probability and entropy of `targets` [N] from [N, C] states, in chunks so that few logits exist at once."""
-    size = max(64, 2**25 // head.out_features)
+    size = max(64, 2 ** (28 if hidden.is_cuda else 25) // head.out_features)
     run = project_chunk
     if len(targets) > size and torch.is_grad_enabled():
         run = partial(checkpoint, project_chunk, use_reentrant=False)
@@ -836,8 +846,7 @@ def memory_need(
     layers, width = config.num_hidden_layers, config.hidden_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or width // heads
-    spare = 32  # columns of a buffer that grows (`reserve`)
-    cached = prompts * (PROMPT + spare) + rows * (new_tokens + spare)
+    cached = prompts * (PROMPT + SPARE[1]) + rows * (new_tokens + SPARE[1])
     units = (width, heads * head_dim, kv_heads * head_dim, config.intermediate_size)
     saved = layers * sum(a * x for a, x in zip(SAVED, units, strict=True))
     if grad_checkpoint:  # each layer's input, keys and values, and all of one layer

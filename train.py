@@ -345,8 +345,9 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
     model, args = run.policy.model, run.args
     if stage == "warmup" and not args.shard:  # Muon needs whole matrices
         return MuonAdamW(model, args.warmup_lr)
-    weights = model.parameters()
-    return torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    # fused: no temporary as large as all weights
+    how = {"weight_decay": 0.0, "fused": args.device == "cuda"}
+    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), **how)
 
 
 # --------------------------------------------------------------------------------------------- before training: profiles
@@ -709,8 +710,20 @@ def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
     need = memory_need(config, n, sharded, rows, prompts, new, *updated)
     rows = args.slots * args.group_size
     alone = memory_need(config, 1, False, rows, rows, new, 0)
-    held = (alone[part] for part in ("weights", "bf16 copy", "keys, values"))
-    return need | {"evaluation": sum(held)}
+    larger = max(alone["weights"], alone["keys, values"])  # these once copied
+    return need | {"evaluation": alone["bf16 copy"] + larger}
+
+
+def say_memory(args: argparse.Namespace) -> None:
+    """What a known model needs, and whether this GPU has it; before any download."""
+    need = memory(args, args.model, launched(), args.shard)
+    parts = ", ".join(f"{part} {x:.0f}" for part, x in need.items())
+    print(f"memory per GPU at most, in GB: {parts}", flush=True)
+    if args.device == "cuda":
+        has = torch.cuda.get_device_properties(0).total_memory / 1e9
+        if has < max(need["peak"], need["evaluation"]):
+            flags = "--grad-checkpoint, --lora-rank, --shard, fewer --slots"
+            print(f"warning: this GPU has {has:.0f}; what takes less: {flags}")
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -727,7 +740,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("model", str, MODELS, "Hugging Face folder or hub id"),
     ("out", str, None, "run folder (default runs/DATASET-SEED)"),
     ("overwrite", bool, False, "replace an existing run folder"),
-    ("resume", str, None, "continue this run folder with its own flags"),
+    ("resume", str, None, "continue this run folder with its own flags (others: --slots, --micro-tokens, --grad-checkpoint)"),
     "training",
     ("steps", int, (50, None), "steps of stage 1"),
     ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
@@ -739,7 +752,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
-    ("lr", float, (2e-4, 1e-6), "learning rate"),
+    ("lr", float, (2e-4, 1e-6), "learning rate; 1e-4 for paper's adapters"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
     ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
     ("batch", int, (12, 64), "prompts a step"),
@@ -778,6 +791,8 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("test-samples", int, 500, "test samples of the final table"),
     ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
 )  # fmt: skip
+ADAPTER_LR = 1e-4  # of --preset paper with --lora-rank
+MEMORY = ("slots", "micro_tokens", "grad_checkpoint")  # a resumed run may change these
 POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
     max_new_tokens micro_tokens slots save_every test_samples width layers"""
 NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps seed bonus
@@ -785,7 +800,7 @@ NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags; defaults come from the preset, `--resume` takes all of them from the run's config.json."""
+    """Flags; defaults come from the preset, `--resume` takes all but MEMORY from the run's config.json."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     for flag in FLAGS:
@@ -796,12 +811,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume:
         for name, value in vars(args).items():
-            if name != "resume" and value != parser.get_default(name):
+            changes = value != parser.get_default(name)
+            if changes and name not in ("resume", *MEMORY):
                 drop = f"drop --{name.replace('_', '-')}"
                 parser.error(f"--resume continues with the run's own flags; {drop}")
     else:
         fill_in(args)
-        check_flags(parser, args)
+    check_flags(parser, args)
     return args
 
 
@@ -825,6 +841,12 @@ def fill_in(args: argparse.Namespace) -> None:
         args.model, args.warmup_steps = "new", 4500 if steps is None else steps
         if args.exercise_steps is None:
             args.exercise_steps = args.warmup_steps // 6
+    if (
+        args.lora_rank and args.preset == "paper"
+    ):  # with 1e-6 no bf16 weight would change
+        for name in ("lr", "ppr_lr", "warmup_lr"):
+            if getattr(args, name) is None:
+                setattr(args, name, ADAPTER_LR)
     if not trained_tools(vars(args)) and args.greedy_answer is None:
         args.greedy_answer = False  # else a group's trajectories would all be the same
     epochs = {"steps": args.epochs, "ppr_steps": args.ppr_epochs}  # if given, decide
@@ -933,8 +955,9 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
         if config["fingerprint"] != ds.fingerprint():
             what = "the dataset has changed since this run started"
             raise DatasetError(f"{out}: {what}; restore it or start a new run")
-        if vars(args).keys() - config["args"]:  # flags that are newer than the run
-            put_config(out, config | {"args": vars(args) | {"resumed": False}})
+        now = vars(args) | {"resumed": False}
+        if now != config["args"]:  # flags of MEMORY, or newer than the run
+            put_config(out, config | {"args": now})
     for name, end in (("sasrec", ds.fit_end), ("sasrec_baseline", ds.train_end)):
         if not (out / f"{name}.safetensors").exists():
             model = train_sasrec(ds, end, progress=f"training {name}")
@@ -1011,16 +1034,15 @@ def main() -> None:
     args.resumed = bool(args.resume)
     if args.resumed:
         saved = read_config(pathlib.Path(args.resume))["args"]
-        saved |= {"out": args.resume, "resumed": True}
+        changed = {name: getattr(args, name) for name in MEMORY if getattr(args, name)}
+        saved |= {"out": args.resume, "resumed": True} | changed
         defaults = parse_args(["--preset", saved.get("preset", "tiny")])
         args = argparse.Namespace(**vars(defaults) | saved)
     if args.memory:
         return print(memory_table(partial(memory, args)))
     join_ranks(args.device)
-    if args.preset == "paper" and args.model in QWEN3:  # before any download
-        need = memory(args, args.model, launched(), args.shard).items()
-        parts = ", ".join(f"{part} {x:.0f}" for part, x in need)
-        print(f"memory per GPU at most, in GB: {parts}", flush=True)
+    if args.preset == "paper" and args.model in QWEN3:
+        say_memory(args)
     if args.resumed:
         for name in sorted(vars(args).keys() - saved.keys()):  # newer than the run
             flag, value = f"--{name.replace('_', '-')}", getattr(args, name)

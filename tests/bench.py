@@ -119,7 +119,8 @@ def limits(case: Case, args) -> dict[str, float]:
         out[f"flops_{name}"] = 2 * n**3 / seconds
     work = least_work(case, getattr(torch, args.dtype).itemsize)
     for name in ("decode", "optimizer"):
-        rows = max(1, int(work[f"{name}_set"] / 4 / 1024))
+        # 8 GB tell the rate of any larger set
+        rows = min(2**21, max(1, int(work[f"{name}_set"] / 4 / 1024)))
         x, y = (torch.ones(*s, device=args.device) for s in ((rows, 1024), (1024,)))
         reads = (functools.partial(torch.mv, x, y), x.sum)
         seconds = min(best_seconds(read, args.device, 0.5) for read in reads)
@@ -311,7 +312,7 @@ def parse_args() -> argparse.Namespace:
         help="sequences a forward in peers' updates",
     )
     parser.add_argument(
-        "--checkpointing", action="store_true", help="TRL's gradient checkpointing"
+        "--checkpointing", action="store_true", help="recompute layers (ours, TRL)"
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="of ours")
     parser.add_argument("--json", help="write all figures to this file")

@@ -6,7 +6,8 @@
 
 Run by hand on a GPU with 80 GB. Random weights in the shapes of SmolLM2-135M and Qwen3 0.6B, 1.7B and 4B; bf16 compute over
 fp32 weights; 4 prompts of 2,500 tokens x G 8; 4 turns of 250 tokens written, with 100 observed between them. TRL joins
-where it is installed (--peers ours plain trl). Utilisation: FLOPs of `least_work` (bench.py: each prompt once for its group)
+where it is installed (--peers ours plain trl). Above a billion parameters ours recomputes its layers (--grad-checkpoint);
+what does not fit fails with a line and is left out. Utilisation: FLOPs of `least_work` (bench.py: each prompt once for its group)
 over the time taken and the rate of a large bf16 product measured in the same run. The engine has no CUDA graphs. "busy"
 is the share of a rollout's time in which the GPU runs a kernel: graphs could save at most the rest.
 """
@@ -105,9 +106,13 @@ def bench_model(case: peers.Case, args) -> list[dict]:
     runs = [(peer, peer, 0) for peer in args.peers]
     if args.lora_rank and "ours" in args.peers:
         runs.append((f"ours, LoRA {args.lora_rank}", "ours", args.lora_rank))
+    large = bench.model_sizes(case)["parameters"] > 1e9
     out = []
     for name, peer, rank in runs:
-        flags = argparse.Namespace(**vars(args) | {"lora_rank": rank})
+        how = {"lora_rank": rank}
+        if peer == "ours" and large:
+            how["checkpointing"] = True
+        flags = argparse.Namespace(**vars(args) | how)
         r = bench.in_process(peer, case, flags)
         if r:
             r |= {"name": name, "tokens_per_s": written / r["rollout"]}
@@ -147,7 +152,7 @@ def parse_args() -> argparse.Namespace:
         "--peer-rows", type=int, default=2, help="sequences a forward in peers' updates"
     )
     parser.add_argument(
-        "--checkpointing", action="store_true", help="TRL's gradient checkpointing"
+        "--checkpointing", action="store_true", help="recompute layers (ours, TRL)"
     )
     parser.add_argument(
         "--steps",
@@ -176,6 +181,7 @@ def main() -> None:
             short = peers.uniform_case(model, **shape, answer=32 // min(n, 8))
             results = bench_model(case, args)
             busy = busy_share(short, args)
+            torch.cuda.empty_cache()  # the next model's processes need it
         found[name] = {"results": results, "busy": busy}
         print_result(name, results, busy)
         bench.save({"args": vars(args), "models": found}, args.json)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import rollout as engine
 from data import load_dataset
 from grpo import policy_gradient
-from model import Policy, load_policy
+from model import Policy, checkpoint_layers, load_policy
 from sasrec import SASRec
 from tools import Context
 from train import parse_args
@@ -192,8 +192,11 @@ def scripted_rollout(policy: Policy, case: Case) -> list[list[engine.Trajectory]
 def ours(case: Case, args) -> list[dict]:
     """Steps of `rollout` and `policy_gradient`, with clipping and AdamW as in train.py."""
     policy = scripted_policy(case, args.device, args.dtype, args.lora_rank)
+    if args.checkpointing:
+        checkpoint_layers(policy)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-6, weight_decay=0.0)
+    how = {"weight_decay": 0.0, "fused": args.device == "cuda"}
+    optimizer = torch.optim.AdamW(parameters, 1e-6, **how)
     limits = {"temperature": case.temperature, "micro_tokens": case.micro_tokens}
     steps = []
     for _ in range(1 + args.steps):

@@ -73,7 +73,7 @@ def test_a_comparison_has_ratios_and_shares_of_the_limit(
     case = peers.uniform_case(model, 1, 2, 6, [(3, 2)], answer=4)
     args = argparse.Namespace(
         peers=["ours", "plain"], rounds=1, steps=0, dtype="float32", device="cpu",
-        lora_rank=0, peer_rows=2,
+        lora_rank=0, peer_rows=2, checkpointing=True,
     )  # fmt: skip
     result = bench.compare(case, args)
     bench.print_comparison("tiny", result)

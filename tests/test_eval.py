@@ -280,14 +280,15 @@ def test_probes_and_figures_need_all_rows(monkeypatch, capsys):
         assert "need all rows" in capsys.readouterr().err
 
 
-def test_show_needs_a_number(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", "--show", "0"])
+@pytest.mark.parametrize("flag", ["--show", "--slots"])
+def test_show_and_slots_need_a_number(monkeypatch, capsys, flag):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", flag, "0"])
     with pytest.raises(SystemExit):
         ev.parse_args()
-    assert "--show 0 shows nothing" in capsys.readouterr().err
+    assert "give a positive number" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--temperature nan", "--temperature inf", "--samples -1"])  # fmt: skip
+@pytest.mark.parametrize("flags", ["--temperature nan", "--temperature inf", "--samples -1", "--slots -1"])  # fmt: skip
 def test_numbers_must_be_possible(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", *flags.split()])
     with pytest.raises(SystemExit):

@@ -93,6 +93,10 @@ def test_resume_continues_exactly(small, monkeypatch, tmp_path, capsys, more):
         start = load_file(train.HERE / "assets/tiny-agent/model.safetensors")
         assert a.keys() == start.keys(), "adapters are merged"
         assert any(not torch.equal(a[k], start[k]) for k in a)
+    more = ("--slots", 3, "--micro-tokens", 500)  # what changes memory only
+    run_main(monkeypatch, "--resume", tmp_path / "parts", *more)
+    args = json.loads((tmp_path / "parts/config.json").read_text())["args"]
+    assert (args["slots"], args["micro_tokens"], args["batch"]) == (3, 500, 2)
 
 
 def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
@@ -201,6 +205,15 @@ def test_a_resumed_run_takes_newer_flags_from_its_own_preset(monkeypatch, tmp_pa
     with pytest.raises(ZeroDivisionError):
         run_main(monkeypatch, "--resume", tmp_path)
     assert (seen[0].list_share, seen[0].greedy_answer, seen[0].model) == (0, False, "x")
+
+
+def test_adapters_of_the_papers_preset_learn_faster():
+    """At its 1e-6 the merged weights would stay the same numbers in bf16."""
+    flags = ["--preset", "paper", "--lora-rank", "4"]
+    args = train.parse_args([*flags, "--ppr-lr", "3e-5"])
+    assert (args.lr, args.ppr_lr, args.warmup_lr) == (1e-4, 3e-5, 1e-4)
+    assert train.parse_args(flags[:2]).lr == 1e-6
+    assert train.parse_args(flags[2:]).lr == 2e-4
 
 
 @pytest.mark.parametrize("n_pairs", [1, 4, 7, 30])
