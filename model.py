@@ -646,19 +646,21 @@ def token_logprobs(
 
 def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float):
     """Log-probability and entropy of `targets` [N] from [N, C] states, in chunks so that few logits exist at once."""
-    size = max(64, 2 ** (28 if hidden.is_cuda else 25) // head.out_features)
+    few = max(64, 2**18 // head.out_features)
+    most = 2 ** (28 if hidden.is_cuda else 25) // head.out_features
+    # no odd pieces, whose memory would not serve the next chunk's
+    size = max(few, most - most % few)
     run = project_chunk
     if len(targets) > size and torch.is_grad_enabled():
         run = partial(checkpoint, project_chunk, use_reentrant=False)
     chunks = zip(hidden.split(size), targets.split(size))
-    parts = [run(head, *chunk, temperature) for chunk in chunks]
+    parts = [run(head, *chunk, temperature, few) for chunk in chunks]
     return tuple(torch.cat(x) for x in zip(*parts))
 
 
-def project_chunk(head, hidden, targets, temperature):
+def project_chunk(head, hidden, targets, temperature, few):
     """What `project` returns, of one chunk; a few rows at a time, whose fp32 copies stay in the cache."""
     logits = head(hidden)  # n, V
-    few = max(64, 2**18 // logits.shape[1])
     rows = zip(logits.split(few), targets.split(few))
     parts = [of_targets(*x, temperature) for x in rows]
     return tuple(torch.cat(x) for x in zip(*parts))

@@ -621,5 +621,20 @@ def test_memory_with_a_large_vocabulary():
     assert int(done.stdout) < 2e9
 
 
+def test_chunks_of_the_vocabulary_projection_have_no_odd_pieces(monkeypatch):
+    """A last piece of 28 rows kept heap blocks from being used again: 8 x 1,000 actions took 2.4 GB instead of 1.2."""
+    seen = []
+
+    def note(head, hidden, targets, temperature, few):
+        seen.append((len(hidden), few))
+        return targets, targets
+
+    monkeypatch.setattr(model_module, "project_chunk", note)
+    head = types.SimpleNamespace(out_features=151_936)
+    with torch.no_grad():
+        model_module.project(head, torch.zeros(500, 1), torch.zeros(500), 1.0)
+    assert seen == [(192, 64), (192, 64), (116, 64)]
+
+
 if __name__ == "__main__":  # PYTHONPATH=. python tests/test_engine.py 1000
     print(memory_of_an_update(int(sys.argv[1])))
