@@ -8,7 +8,7 @@ twice (24 numbers, not 2.6 million), the same for all users. It cannot write an 
 ranking sorts by the sum of what was shown, as the warm-up's demonstrations do. Samples, observations, reward (Eq. 1),
 advantages (Eq. 6) and temperature are those of `python train.py`; the learning rate is the best of three on the
 validation split. Beside it `learned_fusion`, which is told the positive of every sample instead of a reward for a sampled
-ranking, and the best of all choices on the training split. Printed: N@10 of the likeliest choices on the test split, ten
+ranking, and the best of all choices on the training split, with what one piece of evidence more or less would change. Printed: N@10 of the likeliest choices on the test split, ten
 seeds each.
 """
 
@@ -106,6 +106,11 @@ def main() -> None:
         named = ", ".join(f"{n}x {name}" for n, name in zip(weights, names) if n)
         splits = ", ".join(f"{score(weights, s):.3f} {s}" for s in shown)
         print(f"best of none to {most}: {splits} ({named})", flush=True)
+        if most == 1:
+            for i, name in enumerate(names):  # what one piece more or less is worth
+                for n in {0, 1, 2} - {weights[i]}:
+                    other = [*weights[:i], n, *weights[i + 1 :]]
+                    print(f"    but {name} {n}x: {score(other, 'test'):.3f} test")
     print(
         "| steps x prompts x G | trajectories | lr | N@10 | of ten seeds |\n|---|---|---|---|---|"
     )

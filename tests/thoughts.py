@@ -3,9 +3,9 @@
     python tests/thoughts.py runs/office-0 runs/office-1 --agent ppr
 
 A line for each run, over its ranked samples: the share of thoughts on titles that list exactly the candidates of the last
-purchase's series, of written sums that are right, of answers that rank by the written sums, NDCG@10 as answered and if
-all scores it saw had been added up and sorted exactly; then how often it asked for each piece of evidence at all, and
-more than once. Run by hand.
+purchase's series, of written sums that are right, of answers that rank by the written sums, NDCG@10 as answered, if all scores it
+saw had been added up and sorted exactly, and if its first thought on titles alone had counted; then how often it asked
+for each piece of evidence at all, and more than once. Run by hand.
 """
 
 import argparse
@@ -54,6 +54,10 @@ def count(row: dict) -> dict[str, list]:
     written = added(answer.partition(" \\boxed")[0], n)
     order = np.argsort(-written, kind="stable") + 1
     ideal = list(np.argsort(-exact, kind="stable") + 1).index(row["positive"]) + 1
+    before, *thoughts = re.split(rf"(?=<think>{SERIES} )", seen)
+    rest = (text.partition("</think>")[2] for text in thoughts[1:])
+    once = added(" ".join(_SCORES.findall("".join([before, *thoughts[:1], *rest]))), n)
+    alone = list(np.argsort(-once, kind="stable") + 1).index(row["positive"]) + 1
     own, numbers = of_series(row["prompt"])
     thoughts = [
         word == own and re.findall(r" (\d+)", found) == numbers
@@ -66,6 +70,7 @@ def count(row: dict) -> dict[str, list]:
         "sorted": [ranked],
         "N@10": [metric("ndcg@10", row["rank"], 10)],
         "N@10 exact": [metric("ndcg@10", ideal, 10)],
+        "N@10 exact, titles once": [metric("ndcg@10", alone, 10)],
     }
 
 
