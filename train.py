@@ -791,7 +791,8 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("test-samples", int, 500, "test samples of the final table"),
     ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
 )  # fmt: skip
-ADAPTER_LR = 1e-4  # of --preset paper with --lora-rank
+# of --preset paper with --lora-rank: its 1e-6 would change no bf16 weight
+ADAPTER_LR = 1e-4
 MEMORY = ("slots", "micro_tokens", "grad_checkpoint")  # a resumed run may change these
 POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature
     max_new_tokens micro_tokens slots save_every test_samples width layers"""
@@ -841,9 +842,7 @@ def fill_in(args: argparse.Namespace) -> None:
         args.model, args.warmup_steps = "new", 4500 if steps is None else steps
         if args.exercise_steps is None:
             args.exercise_steps = args.warmup_steps // 6
-    if (
-        args.lora_rank and args.preset == "paper"
-    ):  # with 1e-6 no bf16 weight would change
+    if args.lora_rank and args.preset == "paper":
         for name in ("lr", "ppr_lr", "warmup_lr"):
             if getattr(args, name) is None:
                 setattr(args, name, ADAPTER_LR)
