@@ -791,7 +791,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("test-samples", int, 500, "test samples of the final table"),
     ("no-eval", bool, False, "train only; eval.py RUN makes the table later"),
 )  # fmt: skip
-# of --preset paper with --lora-rank: its 1e-6 would change no bf16 weight
+# of --preset paper with --lora-rank: its 1e-6 would change hardly any bf16 weight
 ADAPTER_LR = 1e-4
 MEMORY = ("slots", "micro_tokens", "grad_checkpoint")  # a resumed run may change these
 POSITIVE = """title_chars lr ppr_lr warmup_lr max_grad_norm mine_samples batch temperature

@@ -8,8 +8,8 @@ twice (24 numbers, not 2.6 million), the same for all users. It cannot write an 
 ranking sorts by the sum of what was shown, as the warm-up's demonstrations do. Samples, observations, reward (Eq. 1),
 advantages (Eq. 6) and temperature are those of `python train.py`; the learning rate is the best of three on the
 validation split. Beside it `learned_fusion`, which is told the positive of every sample instead of a reward for a sampled
-ranking, and the best of all choices on the training split, with what one piece of evidence more or less would change. Printed: N@10 of the likeliest choices on the test split, ten
-seeds each.
+ranking, and the best of all choices on the training split, with what one piece of evidence more or less would change.
+Printed: N@10 of the likeliest choices on the test split, ten seeds each.
 """
 
 import argparse

@@ -274,7 +274,7 @@ def test_memory_covers_the_peak_of_an_update(monkeypatch, more):
         backward_prompts(cuts)
     need = memory_need(config, 1, False, 8, 1, 700, 2500 + 8 * 700, *more)
     parts = ("weights", "gradients", "bf16 copy", "activations")
-    assert 0.7 < held.peak / 1e9 / sum(need[part] for part in parts) < 1
+    assert 0.9 < held.peak / 1e9 / sum(need[part] for part in parts) < 1
 
 
 def test_memory_of_adapters(policy):

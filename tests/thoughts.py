@@ -3,9 +3,9 @@
     python tests/thoughts.py runs/office-0 runs/office-1 --agent ppr
 
 A line for each run, over its ranked samples: the share of thoughts on titles that list exactly the candidates of the last
-purchase's series, of written sums that are right, of answers that rank by the written sums, NDCG@10 as answered, if all scores it
-saw had been added up and sorted exactly, and if its first thought on titles alone had counted; then how often it asked
-for each piece of evidence at all, and more than once. Run by hand.
+purchase's series, of written sums that are right, of answers that rank by the written sums, NDCG@10 as answered, if all
+scores it saw had been added up and sorted exactly, and if of its thoughts on titles only the first had counted; then how
+often it asked for each piece of evidence at all, and more than once. Run by hand.
 """
 
 import argparse
@@ -37,6 +37,17 @@ def added(pairs: str, n: int) -> np.ndarray:
     return total
 
 
+def exact_sums(seen: str, n: int) -> np.ndarray:
+    """[n] sums of all scores in what the agent wrote and read before its answer."""
+    return added(" ".join(_SCORES.findall(seen)), n)
+
+
+def ndcg_by(total: np.ndarray, positive: int) -> float:
+    """NDCG@10 of the candidates sorted by these sums."""
+    order = (np.argsort(-total, kind="stable") + 1).tolist()
+    return metric("ndcg@10", order.index(positive) + 1, 10)
+
+
 def of_series(prompt: str) -> tuple[str, list[str]]:
     """The last purchase's series and the numbers of the candidates that share it, read from the prompt."""
     history, _, candidates = prompt.partition("\nCandidates:\n")
@@ -50,14 +61,12 @@ def count(row: dict) -> dict[str, list]:
     """What one answer adds to each share."""
     seen, _, answer = row["text"].partition("<answer>")
     n = row["prompt"].partition("\nCandidates:\n")[2].count(" = ")
-    exact = added(" ".join(_SCORES.findall(seen)), n)
+    exact = exact_sums(seen, n)
     written = added(answer.partition(" \\boxed")[0], n)
     order = np.argsort(-written, kind="stable") + 1
-    ideal = list(np.argsort(-exact, kind="stable") + 1).index(row["positive"]) + 1
-    before, *thoughts = re.split(rf"(?=<think>{SERIES} )", seen)
-    rest = (text.partition("</think>")[2] for text in thoughts[1:])
-    once = added(" ".join(_SCORES.findall("".join([before, *thoughts[:1], *rest]))), n)
-    alone = list(np.argsort(-once, kind="stable") + 1).index(row["positive"]) + 1
+    before, *parts = re.split(rf"(?=<think>{SERIES} )", seen)
+    rest = (part.partition("</think>")[2] for part in parts[1:])
+    once = exact_sums("".join([before, *parts[:1], *rest]), n)
     own, numbers = of_series(row["prompt"])
     thoughts = [
         word == own and re.findall(r" (\d+)", found) == numbers
@@ -69,8 +78,8 @@ def count(row: dict) -> dict[str, list]:
         "sums": (written == exact).tolist(),
         "sorted": [ranked],
         "N@10": [metric("ndcg@10", row["rank"], 10)],
-        "N@10 exact": [metric("ndcg@10", ideal, 10)],
-        "N@10 exact, titles once": [metric("ndcg@10", alone, 10)],
+        "N@10 exact": [ndcg_by(exact, row["positive"])],
+        "N@10 exact, titles once": [ndcg_by(once, row["positive"])],
     }
 
 
