@@ -16,7 +16,9 @@ import model as model_module
 import rollout as rollout_module
 from grpo import Objective, accumulate, policy_gradient
 from model import (
+    Float32Muon,
     LoRA,
+    Muon,
     RaggedBatch,
     TrainRow,
     add_lora,
@@ -638,3 +640,31 @@ def test_chunks_of_the_vocabulary_projection_have_no_odd_pieces(monkeypatch):
 
 if __name__ == "__main__":  # PYTHONPATH=. python tests/test_engine.py 1000
     print(memory_of_an_update(int(sys.argv[1])))
+
+
+def test_muon_in_float32():
+    """Three steps against the polynomial applied to singular values in float64, and against torch's in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(48, 96), (96, 48), (64, 64)]
+    starts = [torch.randn(s) for s in shapes]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in starts] for _ in range(2))
+    how = {"lr": 0.1, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Float32Muon(ours, **how), Muon(theirs, **how)
+    a, b, c = optimizers[0].defaults["ns_coefficients"]
+    expected = [x.double() for x in starts]
+    momentum = [torch.zeros_like(x) for x in expected]
+    for _ in range(3):
+        for i, shape in enumerate(shapes):
+            ours[i].grad = theirs[i].grad = grad = torch.randn(shape)
+            momentum[i] = 0.95 * momentum[i] + 0.05 * grad
+            u, s, v = torch.linalg.svd(0.05 * grad + 0.95 * momentum[i], False)
+            s = s / s.norm()
+            for _ in range(5):
+                s = a * s + b * s**3 + c * s**5
+            expected[i] *= 1 - 0.1 * 0.01
+            expected[i] -= 0.1 * 0.2 * max(shape) ** 0.5 * (u * s) @ v
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, truth in zip(ours, theirs, expected):
+        torch.testing.assert_close(mine.detach().double(), truth, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mine, other, atol=2e-2, rtol=0)
