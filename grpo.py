@@ -27,6 +27,7 @@ from model import (
     micro_batches,
     share_prompts,
     token_logprobs,
+    up_to_last_action,
 )
 from rollout import Trajectory
 
@@ -150,12 +151,14 @@ def accumulate(
     """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.
 
     One weight an action token, row after row; None: only look. Returns the tokens' log-probabilities and entropies [N] on
-    the CPU. A prompt is computed once, and its backward waits until all of its rows have been through theirs.
+    the CPU. A prompt is computed once, and its backward waits until all of its rows have been through theirs. What is
+    behind a row's last action concerns none and is left out: a greedy answer, for the most part.
 
     `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all ranks must
     make equally many (and prompts go along with every part of their rows): a rank with less to do scores a spare token
     of weight 0.
     """
+    rows = [up_to_last_action(row) for row in rows]
     batches = list(micro_batches(prompts, rows, micro_tokens))
     n_parts = sum(len(parts) for _, parts in batches)
     spares = int(over_ranks([n_parts], "max")[0]) - n_parts

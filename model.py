@@ -618,6 +618,13 @@ class TrainRow:
     action_mask: list[int]
 
 
+def up_to_last_action(row: TrainRow) -> TrainRow:
+    """The row without what comes after its last action; at least one token."""
+    mask = row.action_mask
+    n = max((i + 1 for i, m in enumerate(mask) if m), default=1)
+    return replace(row, ids=row.ids[:n], action_mask=mask[:n])
+
+
 def token_logprobs(
     policy: Policy,
     prompts: list[list[int]],

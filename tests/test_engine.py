@@ -190,6 +190,27 @@ def test_a_prompt_is_computed_once_though_its_rows_come_in_parts(policy, monkeyp
     assert seen == [[39], [9, 5], [12], [6], [6]]
 
 
+def test_what_is_behind_the_last_action_is_left_out(policy, monkeypatch):
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact_norm)
+    policy.model.double()
+    prompts, rows = random_rows(policy, [11, 7], [[9, 20, 14], [5]])
+    for row, n in zip(rows, (4, 12, 0, 5)):
+        row.action_mask[n:] = [0] * (len(row.ids) - n)
+    weight = torch.randn(sum(sum(r.action_mask) for r in rows), dtype=torch.float64)
+    dense = dense_logprobs(policy, prompts, rows)
+    want = gradient(policy, -(dense * weight).sum())
+    policy.model.zero_grad()
+    seen = forwarded(monkeypatch)
+    accumulate(policy, prompts, rows, weight.tolist())
+    got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert (got - want).norm() / want.norm() < 1e-6  # weights pass through float32
+    ends = [
+        max((i + 1 for i, m in enumerate(r.action_mask) if m), default=1) for r in rows
+    ]
+    assert ends[2] == 1 and max(ends) <= 12, "nothing to leave out"
+    assert seen == [[10, 6], ends]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("new", "old"), [(2, 0), (300, 0), (600, 0), (257, 100)])
 def test_attention_in_blocks_is_the_dense_one(dtype, new, old):
