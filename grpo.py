@@ -7,7 +7,7 @@ log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G t
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
 reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
 --greedy-answer an answer's tokens are no chance and have no policy gradient, so that nothing holds them to their form
-while all else moves: where some answers of a group are valid and some not, they get the advantage of being valid.
+while all else moves: where some of a group (not dropped) answer in the right form, they get the advantage of doing so.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
@@ -112,18 +112,20 @@ def policy_gradient(
     own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
     rows, weights, old, drawn = [], [], [], []
     for p in telling[own]:
-        valid = np.array([[t.valid for t in groups[p]]], float)
-        form = group_advantages(valid, objective.baseline)[0] * objective.teach_form
+        formed = np.array([[t.answer is not None for t in groups[p]]], float)
+        form = group_advantages(formed, objective.baseline)[0] * objective.teach_form
         for t, advantage, form_advantage in zip(groups[p], advantages[p], form):
-            chance = t.chance_mask
-            mask = t.action_mask if form_advantage else chance
-            n_actions = sum(chance) if objective.token_mean else 1
-            rows.append(TrainRow(int(p), t.ids, mask))
-            by_chance = [c for c, m in zip(chance, mask) if m]
-            gains = [float(advantage if c else form_advantage) for c in by_chance]
-            weights += [gain / n_actions for gain in gains]
-            old += [logprob for logprob, m in zip(t.logprobs, mask) if m]
-            drawn += by_chance
+            chance, action = np.array([t.chance_mask, t.action_mask], bool)
+            greedy = action & ~chance
+            n_chance, n_greedy = 1, 1
+            if objective.token_mean:
+                n_chance, n_greedy = max(1, chance.sum()), max(1, greedy.sum())
+            gain = np.where(chance, advantage / n_chance, form_advantage / n_greedy)
+            kept = action if form_advantage else chance
+            rows.append(TrainRow(int(p), t.ids, kept.astype(int).tolist()))
+            weights += gain[kept].tolist()
+            old += np.array(t.logprobs)[kept].tolist()
+            drawn += chance[kept].tolist()
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
     # Eq. 6: minus the gradient estimate, as the optimizer descends

@@ -620,9 +620,8 @@ class TrainRow:
 
 def up_to_last_action(row: TrainRow) -> TrainRow:
     """The row without what comes after its last action; at least one token."""
-    mask = row.action_mask
-    n = max((i + 1 for i, m in enumerate(mask) if m), default=1)
-    return replace(row, ids=row.ids[:n], action_mask=mask[:n])
+    n = max((i for i, m in enumerate(row.action_mask, 1) if m), default=1)
+    return replace(row, ids=row.ids[:n], action_mask=row.action_mask[:n])
 
 
 def token_logprobs(
@@ -710,7 +709,7 @@ def fill(items: list, sizes: list[int], limit: int):
 
 
 class Float32Muon(Muon):
-    """torch's Muon, which multiplies in bfloat16: a CPU without such instructions takes five times as long for that."""
+    """Muon in float32: torch's multiplies in bfloat16, which takes a CPU without such instructions five times as long."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -729,7 +728,7 @@ class Float32Muon(Muon):
                 p.add_(x, alpha=-0.2 * lr * max(p.shape) ** 0.5)  # "match_rms_adamw"
 
 
-def orthogonalized(x: torch.Tensor, coefficients: tuple, steps: int) -> torch.Tensor:
+def orthogonalized(x: Tensor, coefficients: tuple, steps: int) -> Tensor:
     """[m, n] -> [m, n] with singular values near 1: Newton-Schulz, aX + b(XX')X + c(XX')²X in each step."""
     a, b, c = coefficients
     wide = x if len(x) <= x.shape[1] else x.T
