@@ -256,7 +256,8 @@ def run_flags(folder: pathlib.Path) -> dict:
 def note_differences(flags: dict, folder: pathlib.Path) -> None:
     """Say where another run, if it is one, was trained with other settings than those it is evaluated with here."""
     other = run_flags(folder)
-    for name in ("dataset", "k", "title_chars", "max_new_tokens", "greedy_answer"):
+    names = "dataset k title_chars max_new_tokens greedy_answer profiles"
+    for name in names.split():
         here, there = flags.get(name), other.get(name)
         if other and here != there:
             how = f"was trained with {name} {there}; here it is {here}"
@@ -507,7 +508,8 @@ def probe_lines(found: dict) -> list[str]:
     for title, key in (("items in the past", "by_history"), ("place", "by_position")):
         for label, group in found[key].items():
             if x := group["rows"].get(found["agent"]):
-                lines.append(f"  N@10 for {title} {label}: {interval(x)}")
+                n = f"{group['n']} of all samples"
+                lines.append(f"  N@10 for {title} {label}: {interval(x)}, {n}")
     return lines
 
 
@@ -589,7 +591,8 @@ def ask_pairs(args, ctx: Context, agents: list[Agent]) -> dict[str, list[dict]]:
     pairs, train = [HardPair(**x) for x in kept], ctx.ds.splits["train"]
     samples = {pair.sample: train.of(pair.sample) for pair in pairs}
     tasks = pair_tasks(pairs, samples, np.random.default_rng(0))
-    asked = [a for a in agents if a.name in ("rta", "ppr") and tasks]
+    own = "rta" if any(a.name == "rta" for a in agents) else "r"  # or --models' r
+    asked = [a for a in agents if a.name in (own, "ppr") and tasks]
     return {a.name: play(args, ctx, a, tasks, args.seeds[0]) for a in asked}
 
 
@@ -657,14 +660,20 @@ def parse_args() -> argparse.Namespace:
     how = {"nargs": "+", "choices": list(STRATEGIES), "default": ["react"]}
     add("--agent", **how, help="also the untrained model as these agents")
     add("--device", help="default: the run's")
-    add("--slots", type=int, help="requests at once (default: a rollout's rows)")
+    how = "requests at once (default: a rollout's rows); kept rows keep their times"
+    add("--slots", type=int, help=how)
     add("--probes", type=int, nargs="?", const=300, help="on so many samples (300)")
     add("--plot", nargs="?", const="", metavar="DIR", help="figures (RUN/plots)")
-    add("--show", type=int, metavar="N", help="print N trajectories and stop")
+    how = "print N trajectories (of the final agent, or of --rows NAME) and stop"
+    add("--show", type=int, metavar="N", help=how)
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
     if args.rows and (args.probes or args.plot is not None):
         parser.error("--probes and --plot need all rows: leave --rows out")
+    if (args.user or args.show) and (args.probes or args.plot is not None):
+        parser.error(
+            "--show and --user print trajectories only: no --probes, no --plot"
+        )
     numbers = [args.samples, args.show, args.probes, *args.seeds, args.temperature]
     if not all(0 <= (number or 0) < math.inf for number in [*numbers, args.slots]):
         flags = "--samples, --show, --probes, --slots, --seeds and --temperature"
@@ -736,6 +745,12 @@ def main() -> None:
             raise ModelError(f"no sample of the {args.split} split is of {args.user}")
         tasks = [Task(s) for s in chosen]
         reader = next((a for a in agents if a.strategy != "react"), last)
+        if args.rows:
+            named = [a for a in agents if a.name in args.rows]
+            if not named:
+                names = " ".join(a.name for a in agents)
+                raise ModelError(f"no agent {args.rows[0]}; there are {names}")
+            reader = named[0]
         return show(reader.name, play(args, ctx, reader, tasks, args.seeds[0]))
     rows = evaluate(args, ctx, agents, samples)
     result = summarize(rows, samples, args)
@@ -752,7 +767,7 @@ def main() -> None:
     write_report(page, make)
     print(f"\nwritten: {figures}, {page}")
     if args.plot is not None:
-        plot(make(0), pathlib.Path(args.plot or args.out / "plots"))
+        plot(make(0), pathlib.Path(args.plot or args.out / f"plots{which}"))
 
 
 if __name__ == "__main__":

@@ -357,7 +357,10 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
 
 
 def profile_samples(run: Run) -> list[Sample]:
-    """Whom --profiles llm is about: every sample of stages 1 and 2, and those that eval.py draws by default."""
+    """Whom --profiles llm is about: stage 1's samples, the mined ones, and those that eval.py draws by default.
+
+    Not those of demonstrations, nor the rankings that fill up stage 2 where pairs are few: they keep the template's.
+    """
     args, test = run.args, run.ds.splits["test"]
     found = mined_samples(run) if args.stage in ("all", "ppr") else []
     if args.stage in ("all", "rta"):
@@ -841,8 +844,10 @@ def add_flag(group, name: str, kind, default, text: str) -> None:
 def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
-        steps = args.warmup_steps
-        args.model, args.warmup_steps = "new", 4500 if steps is None else steps
+        args.model = "new"
+    if args.model == "new" and args.stage in ("warmup", "all"):
+        if args.warmup_steps is None:
+            args.warmup_steps = 4500
         if args.exercise_steps is None:
             args.exercise_steps = args.warmup_steps // 6
     if args.lora_rank and args.preset == "paper":
@@ -859,11 +864,18 @@ def fill_in(args: argparse.Namespace) -> None:
             setattr(args, name, default[PRESETS.index(args.preset)])
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.dtype == "auto":  # bfloat16 where the machine multiplies it in hardware
-        able = torch.cpu.get_capabilities()
-        fast = args.device != "cpu" or able.get("avx512_bf16") or able.get("amx_bf16")
-        args.dtype = "bfloat16" if fast else "float32"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if multiplies_bfloat16(args.device) else "float32"
     args.out = args.out or f"runs/{args.dataset}-{args.seed}"
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether it does so in hardware: newer CPUs, and GPUs from Ampere on."""
+    if device.startswith("cuda"):
+        ready = torch.cuda.is_available()
+        return ready and torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
+    return not able or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -1052,7 +1064,7 @@ def main() -> None:
     run = open_run(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, partial(on_signal, run))
-    if args.profiles == "llm":
+    if args.profiles == "llm" and args.stage != "warmup":
         write_profiles(run)
     rank, n = ranks()
     if args.resumed:

@@ -11,7 +11,7 @@ import pytest
 
 import eval as ev
 from data import Dataset, Item, Sample
-from model import save_policy
+from model import ModelError, save_policy
 from rollout import ALL_TOOLS, Task, append_observation, demonstrate, observe
 from sasrec import SASRec, save_sasrec
 from train import parse_args
@@ -278,6 +278,31 @@ def test_probes_and_figures_need_all_rows(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             ev.parse_args()
         assert "need all rows" in capsys.readouterr().err
+
+
+def test_show_prints_trajectories_and_nothing_else(monkeypatch, capsys):
+    for flag in ("--probes", "--plot"):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", "--show", "2", flag])
+        with pytest.raises(SystemExit):
+            ev.parse_args()
+        assert "print trajectories only" in capsys.readouterr().err
+
+
+def test_show_takes_the_agent_that_rows_names(monkeypatch, ctx):
+    agents = [ev.Agent(name, "x", ()) for name in ("frozen", "rta", "ppr")]
+    config, asked = {"args": {"profiles": "template"}}, []
+    monkeypatch.setattr(ev, "load", lambda args: (config, ctx))
+    monkeypatch.setattr(ev, "run_agents", lambda args, config: agents)
+    monkeypatch.setattr(ev, "play", lambda args, ctx, agent, tasks, seed: tasks)
+    monkeypatch.setattr(ev, "show", lambda name, lines: asked.append((name, len(lines))))  # fmt: skip
+    for rows in ([], ["--rows", "frozen"], ["--rows", "titles", "rta"]):
+        argv = ["eval.py", "runs/x", "--samples", "50", "--show", "3", *rows]
+        monkeypatch.setattr(sys, "argv", argv)
+        ev.main()
+    assert asked == [("ppr", 3), ("frozen", 3), ("rta", 3)]
+    monkeypatch.setattr(sys, "argv", [*argv[:-2], "titles"])
+    with pytest.raises(ModelError, match="no agent titles; there are frozen rta ppr"):
+        ev.main()
 
 
 @pytest.mark.parametrize("flag", ["--show", "--slots"])

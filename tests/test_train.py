@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -214,6 +215,36 @@ def test_adapters_of_the_papers_preset_learn_faster():
     assert (args.lr, args.ppr_lr, args.warmup_lr) == (1e-4, 3e-5, 1e-4)
     assert train.parse_args(flags[:2]).lr == 1e-6
     assert train.parse_args(flags[2:]).lr == 2e-4
+
+
+def test_a_new_agent_is_warmed_up_at_length_however_it_is_asked_for():
+    for flags in (
+        ["--stage", "warmup"],
+        ["--stage", "warmup", "--model", "new"],
+        ["--stage", "warmup", "--model", "new", "--warmup-steps", "4500"],
+        ["--model", "new"],
+    ):
+        args = train.parse_args(flags)
+        found = args.model, args.warmup_steps, args.exercise_steps
+        assert found == ("new", 4500, 750), flags
+    args = train.parse_args(["--model", "new", "--warmup-steps", "60"])
+    assert (args.warmup_steps, args.exercise_steps) == (60, 10)
+    args = train.parse_args(["--model", "x", "--warmup-steps", "60"])
+    assert (args.warmup_steps, args.exercise_steps) == (60, 0)
+
+
+def test_bfloat16_is_for_machines_that_multiply_it(monkeypatch):
+    able = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | able)
+    assert train.parse_args(["--device", "cpu"]).dtype == "float32"
+    able["avx512_bf16"] = True
+    assert train.parse_args(["--device", "cpu:0"]).dtype == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for there, dtype in (True, "bfloat16"), (False, "float32"):
+        supported = MagicMock(return_value=there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert train.parse_args(["--device", "cuda:0"]).dtype == dtype
+        supported.assert_called_with(including_emulation=False)
 
 
 @pytest.mark.parametrize("n_pairs", [1, 4, 7, 30])
