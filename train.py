@@ -346,7 +346,7 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
     """A fresh optimizer for each stage."""
     model, args = run.policy.model, run.args
     if stage == "warmup" and not args.shard:  # Muon needs whole matrices
-        slow = args.device == "cpu" and args.dtype == "float32"
+        slow = args.device.startswith("cpu") and args.dtype == "float32"
         return MuonAdamW(model, args.warmup_lr, Float32Muon if slow else Muon)
     # fused: no temporary as large as all weights
     how = {"weight_decay": 0.0, "fused": args.device == "cuda"}
