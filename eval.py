@@ -744,13 +744,12 @@ def main() -> None:
         if not chosen:
             raise ModelError(f"no sample of the {args.split} split is of {args.user}")
         tasks = [Task(s) for s in chosen]
-        reader = next((a for a in agents if a.strategy != "react"), last)
-        if args.rows:
-            named = [a for a in agents if a.name in args.rows]
-            if not named:
-                names = " ".join(a.name for a in agents)
-                raise ModelError(f"no agent {args.rows[0]}; there are {names}")
-            reader = named[0]
+        asked = args.rows or [a.name for a in agents if a.strategy != "react"]
+        named = [a for a in agents if a.name in asked]
+        if args.rows and not named:
+            names = " ".join(a.name for a in agents)
+            raise ModelError(f"no agent {args.rows[0]}; there are {names}")
+        reader = named[0] if named else last
         return show(reader.name, play(args, ctx, reader, tasks, args.seeds[0]))
     rows = evaluate(args, ctx, agents, samples)
     result = summarize(rows, samples, args)

@@ -742,7 +742,8 @@ def orthogonalized(x: Tensor, coefficients: tuple, steps: int) -> Tensor:
 class MuonAdamW:
     """Muon for the weight matrices and AdamW for the rest behind one interface; used by the warm-up only."""
 
-    def __init__(self, model: nn.Module, lr: float, muon: type[Muon] = Muon):
+    def __init__(self, model: nn.Module, lr: float, float32: bool = False):
+        muon = Float32Muon if float32 else Muon
         matrices, rest = [], []
         for name, p in model.named_parameters():
             vectors = p.ndim != 2 or "embed" in name or "lm_head" in name

@@ -63,9 +63,7 @@ from grpo import (
 )
 from model import (
     QWEN3,
-    Float32Muon,
     ModelError,
-    Muon,
     MuonAdamW,
     Policy,
     TrainRow,
@@ -346,8 +344,8 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
     """A fresh optimizer for each stage."""
     model, args = run.policy.model, run.args
     if stage == "warmup" and not args.shard:  # Muon needs whole matrices
-        slow = args.device.startswith("cpu") and args.dtype == "float32"
-        return MuonAdamW(model, args.warmup_lr, Float32Muon if slow else Muon)
+        emulates = args.device.startswith("cpu") and args.dtype == "float32"
+        return MuonAdamW(model, args.warmup_lr, float32=emulates)
     # fused: no temporary as large as all weights
     how = {"weight_decay": 0.0, "fused": args.device == "cuda"}
     return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), **how)

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch.optim import Muon
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as model_module
@@ -18,7 +19,6 @@ from grpo import Objective, accumulate, policy_gradient
 from model import (
     Float32Muon,
     LoRA,
-    Muon,
     RaggedBatch,
     TrainRow,
     add_lora,
