@@ -442,3 +442,23 @@ def test_a_misspelt_model_is_named_before_anything_is_sampled(tmp_path, monkeypa
     args = argparse.Namespace(rows=None, out=tmp_path)
     with pytest.raises(ev.ModelError, match="runs/nope: no such folder"):
         ev.evaluate(args, None, agents, [])
+
+
+def test_another_runs_profiles_are_told_apart(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"args": {"profiles": "llm"}}))
+    ev.note_differences({"profiles": "template"}, tmp_path)
+    expected = "was trained with profiles llm; here it is template"
+    assert expected in capsys.readouterr().out
+
+
+def test_pairs_are_asked_of_the_runs_own_stage_1(world, tmp_path, monkeypatch):
+    """Without tools it is called r; beside rta an r is another run's."""
+    sample = world.splits["train"][0]
+    pair = {"sample": sample.id, "positive": 1, "negative": 2, "rank": 3}
+    (tmp_path / "hard_pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    monkeypatch.setattr(ev, "play", lambda args, ctx, agent, tasks, seed: tasks)
+    args = argparse.Namespace(out=tmp_path, seeds=[0])
+    ctx = argparse.Namespace(ds=world)
+    for names, asked in (("r", "ppr"), ["r", "ppr"]), (("r", "rta", "ppr"), ["rta", "ppr"]):  # fmt: skip
+        agents = [ev.Agent(name, "x", ()) for name in ("frozen", *names)]
+        assert list(ev.ask_pairs(args, ctx, agents)) == asked
