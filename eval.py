@@ -564,8 +564,11 @@ def payload(args, config: dict, result: dict, rows: dict, pairs: dict, kept: int
     groups: dict[tuple, list[dict]] = {}
     for t in read_jsonl(args.out / "trajectories.jsonl"):
         groups.setdefault((t["stage"], t["step"]), []).append(t)
+    flags, commit = config["args"], config["commit"] or "unknown"
+    model = f"model {flags['model']}, seed {flags['seed']}, commit {commit}"
     return {
         "title": config["dataset"],
+        "run": f"{args.out}: {model}.",
         "eval": result,
         "metrics": [{x: step.get(x) for x in fields} for step in thin(steps, 800)],
         "texts": {n: x[0][:kept] for n, x in rows.items() if "text" in x[0][0]},
@@ -591,7 +594,8 @@ def ask_pairs(args, ctx: Context, agents: list[Agent]) -> dict[str, list[dict]]:
     pairs, train = [HardPair(**x) for x in kept], ctx.ds.splits["train"]
     samples = {pair.sample: train.of(pair.sample) for pair in pairs}
     tasks = pair_tasks(pairs, samples, np.random.default_rng(0))
-    own = "rta" if any(a.name == "rta" for a in agents) else "r"  # or --models' r
+    names = {a.name for a in agents}
+    own = next(x for x in ("rta", "r", "frozen") if x in names)  # before stage 2
     asked = [a for a in agents if a.name in (own, "ppr") and tasks]
     return {a.name: play(args, ctx, a, tasks, args.seeds[0]) for a in asked}
 

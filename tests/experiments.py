@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--run", nargs="*", default=[], help="variants, or all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs")
-    parser.add_argument("--dataset", default="office")
+    parser.add_argument("--dataset", default="office-sim")
     parser.add_argument("--data-dir")
     parser.add_argument("--model", help="the agent to start from")
     flags = {"dest": "extra", "default": "", "metavar": "FLAGS"}
