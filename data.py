@@ -42,15 +42,16 @@ from tqdm import tqdm
 N_CANDIDATES = 20
 N_HISTORY = 10
 KNOWN = ("office", "office-sim", "cds", "instruments", "games")
+HOME = pathlib.Path(__file__).parent / "data"  # of the datasets
 HEADER = ["user_id", "parent_asin", "rating", "timestamp"]  # of interactions.csv
-OPTIONAL = {  # fields of an item that may be missing; a price of any form may
+OPTIONAL = {  # fields an item may lack, with their types (a price may be of any)
     "store": (str, "text"),
     "main_category": (str, "text"),
     "categories": (list, "a list of text"),
     "average_rating": ((int, float), "a number"),
     "rating_number": ((int, float), "a number"),
 }
-MAX_LINE = 1 << 22  # bytes; a longer line is no product and no interaction
+MAX_LINE = 1 << 22  # bytes; no real product or interaction has a longer line
 
 
 class DatasetError(ValueError):
@@ -58,7 +59,7 @@ class DatasetError(ValueError):
 
 
 def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
-    """Run a script; Ctrl-C and what its user can mend end it with one line and no traceback."""
+    """Run a script; Ctrl-C, or an error that its user can fix, ends it with one line, not a traceback."""
     try:
         return main()
     except KeyboardInterrupt:
@@ -76,7 +77,7 @@ def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """The objects in a file, without lines that an interruption cut; none if there is no such file."""
+    """The objects in a .jsonl file, without lines cut off by an interruption; none if there is no such file."""
     found = []
     for text in path.read_text("utf-8").splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -85,7 +86,7 @@ def read_jsonl(path: pathlib.Path) -> list[dict]:
 
 
 def one_line(text: str) -> str:
-    """Text on one line, single-spaced, without characters that cannot be shown."""
+    """Text on one line, single-spaced, without unprintable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -167,8 +168,8 @@ class Dataset:
         """Hash of everything that samples are made of."""
         h = hashlib.sha256()
         for array in (self.user, self.item, self.rating, self.time):
-            h.update(np.ascontiguousarray(array).tobytes())
-        h.update(json.dumps([i.__dict__ for i in self.items]).encode())
+            h.update(array.tobytes())
+        h.update(json.dumps([vars(i) for i in self.items]).encode())
         return h.hexdigest()[:16]
 
 
@@ -228,7 +229,7 @@ def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
     seven eighths ("fit") only fit SASRec and the tools' statistics (and occur in the warm-up's demonstrations, which
     look at no positive), the last eighth trains the agent.
     """
-    t = ds.time  # a time's place among its user's is how many are earlier
+    t = ds.time  # searchsorted counts, for each of a user's times, the earlier ones
     parts = [r[np.searchsorted(t[r], t[r]) >= min_history] for r in ds.by_user]
     rows = np.sort(np.concatenate(parts))
     n = len(rows)
@@ -326,8 +327,9 @@ def simulate_office(n_users: int = 2000, seed: int = 7) -> Dataset:
 
 
 def draw_users(rng: Generator, prop: dict, n: int) -> tuple[np.ndarray, ...]:
-    """What drives n users: drive [users, evidence] is the utility of a full match, project [users] the first one, love
-    [users, categories] 1 for the three loved and -1 for the six hated, lasting [users, items] what no purchase changes."""
+    """What drives n users: drive [users, evidence], the utility of a full match; project [users], their first; love
+    [users, categories], 1 for three loved and -1 for six hated ones; lasting [users, items], the utility that no
+    purchase changes."""
     drive = np.full((n, len(EVIDENCE)), 0.10)  # a little of everything
     drivers = np.argsort(-(rng.gumbel(size=drive.shape) + np.log(FREQUENCY)), axis=1)
     np.put_along_axis(drive, drivers[:, :3], np.array([[1.0, 0.7, 0.35]]), axis=1)
@@ -367,7 +369,7 @@ def purchases(rng: Generator, prop: dict, users: tuple) -> list[np.ndarray]:
         liked = love[everyone, prop["category"][item]]
         rating = 3.6 + 1.2 * liked + 0.7 * rng.normal(size=n_users)
         done = (1 - start) * (step + rng.uniform(0.1, 0.9, n_users)) / length
-        time = 1_664_582_400_000 + (start + done) * 365 * DAY
+        time = milliseconds("2022-10-01") + (start + done) * 365 * DAY
         columns = everyone, item, rating.round().clip(1, 5), time.astype(np.int64)
         now = step < length
         steps.append(tuple(c[now] for c in (*columns, utility.astype(np.float32))))
@@ -378,7 +380,7 @@ def purchases(rng: Generator, prop: dict, users: tuple) -> list[np.ndarray]:
 
 
 def open_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """("path:number", line) of a UTF-8 file, unpacked behind a progress bar where its name ends in .gz.
+    """("path:number", line) of a UTF-8 file; a .gz file is unpacked behind a progress bar.
 
     DatasetError names the file, and the line where there is one, if it cannot be read.
     """
@@ -471,7 +473,7 @@ def read_items(path: pathlib.Path) -> dict[str, Item]:
 
 
 def item_fault(row: dict, items: dict[str, Item]) -> str | None:
-    """What is wrong with a row after `items`, and what to do; None for a good one."""
+    """What is wrong with a row, given the `items` read before it, and what to do; None if nothing is."""
     key, title = str(row["parent_asin"]), str(row.get("title") or "")
     if key in items:
         return f"parent_asin {key!r:.40} appears a second time; keep one line of it"
@@ -488,7 +490,7 @@ def item_fault(row: dict, items: dict[str, Item]) -> str | None:
 def read_interactions(
     path: pathlib.Path, index: dict[str, int] | None, start: int = 0, end: int = 10**13
 ) -> tuple[list[tuple], list[str]]:
-    """Rows (user, item, rating, ms) from time `start` up to `end`, each once, and where ("path:number") they come again.
+    """Rows (user, item, rating, ms) from time `start` up to `end`, each once, and the places ("path:number") of repeats.
 
     The item is its place in `index`, or its id where there is none. DatasetError names the line and the field.
     """
@@ -506,7 +508,7 @@ def read_interactions(
 
 
 def interaction_fault(fields: list[str], index: dict[str, int] | None) -> str | None:
-    """What is wrong with a CSV row, and what to do; None for a good one."""
+    """What is wrong with a CSV row, and what to do; None if nothing is."""
     if len(fields) != len(HEADER):
         return f"{len(fields)} fields; expected {','.join(HEADER)}"
     user, item, rating, time = fields
@@ -555,14 +557,9 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     return Dataset(name, list(catalogue.values()), list(users), *columns, notes=notes)
 
 
-def home() -> pathlib.Path:
-    """The folder that holds the datasets."""
-    return pathlib.Path(__file__).parent / "data"
-
-
 def load_dataset(name: str, folder: str | None = None, seed: int = 0) -> Dataset:
     """The dataset called `name` with its splits made; `folder` (--data-dir) overrides data/<name>."""
-    path = pathlib.Path(folder or home() / name)
+    path = pathlib.Path(folder or HOME / name)
     there = (path / "items.jsonl").exists() or name in KNOWN and os.path.lexists(path)
     if folder or (there and name != "office-sim"):
         ds = read_folder(path, name)
@@ -603,7 +600,7 @@ TITLE_WORDS = 20  # longer titles are dropped, like those of one character or "<
 def fetch(url: str, path: pathlib.Path) -> None:
     """Download `url` to `path`, continuing what an earlier attempt left in `path`.part.
 
-    The size is checked before the file gets its name. DatasetError if it cannot be had.
+    The size is checked before the file gets its name. DatasetError if that fails.
     """
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
@@ -644,7 +641,7 @@ def clean(text: object) -> str:
 
 
 def usable_items(path: pathlib.Path, needed: set, unpriced: bool) -> tuple[dict, dict]:
-    """Rows of items.jsonl for those of the `needed` ids that pass (the `unpriced` too), and how many do not by reason."""
+    """Rows of items.jsonl for the `needed` ids that pass the filters, and how many did not, by reason; `unpriced` ones may pass."""
     items, missing, dropped = {}, set(needed), Counter()
     for _, row in json_rows(path):
         key = str(row["parent_asin"])
@@ -699,7 +696,7 @@ def milliseconds(day: str) -> int:
 
 
 def raw_files(args: argparse.Namespace) -> list[pathlib.Path]:
-    """The ratings and the metadata of one subset in --raw-dir, fetched where not there yet."""
+    """The ratings and the metadata of one subset in --raw-dir, fetched unless they are there."""
     category, raw = AMAZON[args.name][0], pathlib.Path(args.raw_dir)
     raw.mkdir(parents=True, exist_ok=True)
     remotes = RATINGS.format(category), METADATA.format(category)
@@ -711,7 +708,7 @@ def raw_files(args: argparse.Namespace) -> list[pathlib.Path]:
 
 
 def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
-    """Fetch, filter and write one subset; returns dataset.json: from what, how, and how it compares to the paper."""
+    """Fetch, filter and write one subset; returns what dataset.json says of sources, filters and the paper's counts."""
     start, end = milliseconds(args.min_date), milliseconds(args.max_date)
     if start >= end:
         raise DatasetError(f"--max-date {args.max_date} must be after {args.min_date}")
@@ -748,13 +745,13 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("name", choices=list(AMAZON), help="one of the paper's four subsets")
     add("--data-dir", help="folder to write (default: data/NAME)")
-    add("--raw-dir", default=home() / "raw", help="downloads; used where already there")
+    add("--raw-dir", default=HOME / "raw", help="downloads; used where already there")
     add("--base-url", default=BASE_URL, help="of the files, for a mirror")
     add("--min-date", default="2022-10-01", help="first day (default: the paper's)")
     add("--max-date", default="2023-10-01", help="day after the last (the paper's)")
     add("--keep-unpriced", action="store_true", help="keep items without a price")
     args = parser.parse_args(argv)
-    folder = pathlib.Path(args.data_dir or home() / args.name)
+    folder = pathlib.Path(args.data_dir or HOME / args.name)
     if os.path.lexists(folder):
         raise DatasetError(f"{folder} exists; move it away to prepare it again")
     try:

@@ -126,11 +126,6 @@ def intervals(columns: dict, users: np.ndarray, resamples=10_000, seed=0) -> dic
     return {name: {"mean": m, "lo": a, "hi": b} for name, m, a, b in found}
 
 
-def bootstrap(values: np.ndarray, users: np.ndarray, **how) -> dict[str, float]:
-    """Mean and 95% interval of one column [n]."""
-    return intervals({"": values}, users, **how)[""]
-
-
 def ranks_from_scores(scores: np.ndarray, samples: list[Sample]) -> list[int]:
     """[n, 20] scores to the positives' ranks; ties are broken at random, seeded by the sample."""
     ranks = []
@@ -158,15 +153,12 @@ def item_knn(ds, samples: list[Sample]) -> np.ndarray:
     return scores
 
 
-def all_tool_scores(ctx: Context, samples: list[Sample], title: str) -> np.ndarray:
-    """[n, tools, 20] every tool's own rating of the candidates."""
+def evidence_scores(ctx: Context, samples: list[Sample], title: str) -> np.ndarray:
+    """[n, tools + 1, 20] every tool's own rating of the candidates; last, 1 for those of the last purchase's series."""
     bar = tqdm(samples, desc=title, leave=False)
-    return np.array([[tool_scores(ctx, t, s) for t in ALL_TOOLS] for s in bar])
-
-
-def titles_scores(ctx: Context, samples: list[Sample]) -> np.ndarray:
-    """[n, 1, 20] 1 for the candidates of the last purchase's series, read from the titles."""
-    return np.array([[read_titles(ctx, s)[1] / 9] for s in samples])
+    tools = [[tool_scores(ctx, t, s) for t in ALL_TOOLS] for s in bar]
+    titles = [[read_titles(ctx, s)[1] / 9] for s in samples]
+    return np.concatenate([tools, titles], 1)
 
 
 def fusion_loss(solver, weights, scores, targets) -> torch.Tensor:
@@ -192,7 +184,7 @@ def fit_fusion(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def best_subset(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Weights [tools] of 0 and 1: the tools whose equal-weight sum has the best NDCG on [n, tools, 20] scores.
 
-    What an agent can learn that trusts all tools alike: which to ask. Equal sums share their places' mean.
+    It is what an agent that trusts all tools alike can learn: which to ask. Equal sums share their places' mean.
     """
     found = []
     for on in itertools.product((0.0, 1.0), repeat=scores.shape[1]):
@@ -216,21 +208,18 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
         "itemknn": item_knn(ds, samples),
         "sasrec": np.take_along_axis(sasrec.scores(states).numpy(), candidates, 1),
     }
-    tools = all_tool_scores(ctx, samples, "tools")
+    shown = evidence_scores(ctx, samples, "tools")
+    tools = shown[:, :-1]
     rows |= {f"tool:{name}": tools[:, i] for i, name in enumerate(ALL_TOOLS)}
     train = ds.splits["train"][:3000]
-    fitted = all_tool_scores(ctx, train, "fusions")
+    fitted = evidence_scores(ctx, train, "fusions")
     targets = np.array([s.target for s in train])
     rows["fusion"] = tools.sum(1)
     for name, fit in (("subset_fusion", best_subset), ("learned_fusion", fit_fusion)):
-        rows[name] = np.einsum("ntc,t->nc", tools, fit(fitted, targets))
+        rows[name] = np.einsum("ntc,t->nc", tools, fit(fitted[:, :-1], targets))
     # what no tool shows but the agent may read; beside it what weights could make of all
-    both, learned = (
-        np.concatenate([x, titles_scores(ctx, s)], 1)
-        for x, s in ((tools, samples), (fitted, train))
-    )
-    rows["titles"] = both[:, -1]
-    rows["titles_fusion"] = np.einsum("ntc,t->nc", both, fit_fusion(learned, targets))
+    rows["titles"] = shown[:, -1]
+    rows["titles_fusion"] = np.einsum("ntc,t->nc", shown, fit_fusion(fitted, targets))
     if ds.utility is not None:
         utility = ds.utility[[s.id for s in samples]]
         rows["oracle"] = np.take_along_axis(utility, candidates, 1)
@@ -254,7 +243,7 @@ def run_flags(folder: pathlib.Path) -> dict:
 
 
 def note_differences(flags: dict, folder: pathlib.Path) -> None:
-    """Say where another run, if it is one, was trained with other settings than those it is evaluated with here."""
+    """Print where another run, if it is one, was trained with other settings than it is evaluated with here."""
     other = run_flags(folder)
     names = "dataset k title_chars max_new_tokens greedy_answer profiles"
     for name in names.split():
@@ -275,7 +264,7 @@ def run_agents(args: argparse.Namespace, config: dict) -> list[Agent]:
             name = "r" if stage == "rta" and not tools else stage
             agents.append(Agent(name, str(args.out / stage), tools))
     for path in map(pathlib.Path, args.models):
-        # "r" is stage 1's
+        # row "r" is stage 1's agent
         stages = ("ppr", "rta") if own_tools(path) else ("rta", "ppr")
         found = (path / stage for stage in (*stages, "warmup"))
         path = next((stage for stage in found if stage.is_dir()), path)
@@ -330,12 +319,12 @@ def task_key(task: Task) -> str:
 
 
 def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) -> None:
-    """Write the line of a trajectory that ended; its seconds are since the line before, so only their mean means much."""
+    """Write the line of a finished trajectory; its seconds count from the line before, so only their mean tells much."""
     t, now = group[0], time.perf_counter()
     s = t.task.sample
     line = {
         "task": task_key(t.task), "sample": s.id, "user": ctx.ds.users[s.user],
-        "positive": s.target + 1, "title": ctx.title(s.candidates[s.target]),
+        "positive": s.target + 1, "title": ctx.titles[s.candidates[s.target]],
         "pair": t.task.pair, "more": t.task.more, "answer": t.answer, "end": t.end,
         "valid": t.valid, "rank": rank_of_positive(t),
         "reward": float(reward(ctx, t, args.k, args.bonus)),
@@ -349,7 +338,7 @@ def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) ->
 
 
 def play(args, ctx, agent: Agent, tasks: list[Task], seed: int, off=()) -> list[dict]:
-    """A line for each task: from RUN/rows/, or sampled now and kept there; tools in `off` answer that they are not available."""
+    """A line for each task, from RUN/rows/ or sampled now and kept there; tools in `off` answer that they are not available."""
     file = row_file(args, ctx, agent, seed, off)
     kept = {line["task"]: line for line in read_jsonl(file)}
     missing = [task for task in tasks if task_key(task) not in kept]
@@ -664,12 +653,12 @@ def parse_args() -> argparse.Namespace:
     how = {"nargs": "+", "choices": list(STRATEGIES), "default": ["react"]}
     add("--agent", **how, help="also the untrained model as these agents")
     add("--device", help="default: the run's")
-    how = "requests at once (default: a rollout's rows); kept rows keep their times"
-    add("--slots", type=int, help=how)
+    text = "requests at once (default: a rollout's rows); kept rows keep their times"
+    add("--slots", type=int, help=text)
     add("--probes", type=int, nargs="?", const=300, help="on so many samples (300)")
     add("--plot", nargs="?", const="", metavar="DIR", help="figures (RUN/plots)")
-    how = "print N trajectories (of the final agent, or of --rows NAME) and stop"
-    add("--show", type=int, metavar="N", help=how)
+    text = "print N trajectories (of the final agent, or of --rows NAME) and stop"
+    add("--show", type=int, metavar="N", help=text)
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
     if args.rows and (args.probes or args.plot is not None):

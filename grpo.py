@@ -6,8 +6,9 @@ log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G t
 
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
 reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
---greedy-answer an answer's tokens are no chance and have no policy gradient, so that nothing holds them to their form
-while all else moves: where some of a group (not dropped) answer in the right form, they get the advantage of doing so.
+--greedy-answer an answer's tokens are not drawn at random and have no policy gradient, so that nothing holds them to
+their form while all else moves: where some of a group (not dropped) answer in the right form, they get the advantage of
+doing so.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
@@ -152,7 +153,7 @@ def accumulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.
 
-    One weight an action token, row after row; None: only look. Returns the tokens' log-probabilities and entropies [N] on
+    One weight an action token, row after row; None: no gradient, only look. Returns the tokens' log-probabilities and entropies [N] on
     the CPU. A prompt is computed once, and its backward waits until all of its rows have been through theirs. What
     comes after a row's last action changes none of them and is left out: a greedy answer, for the most part.
 
@@ -227,7 +228,7 @@ def over_ranks(values: list[float], how: str = "sum") -> list[float]:
 
 
 def my_share(sizes: list[int]) -> list[int]:
-    """Indices of the items that this rank takes: dealt out largest first, in the items' order."""
+    """This rank's share of the items, as ascending indices; they are dealt out largest first."""
     rank, n = ranks()
     by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     return sorted(by_size[rank::n])

@@ -32,13 +32,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 LayerKV = tuple[Tensor, Tensor]
-# settings of Gemma 2 and its like that change what attention or the vocabulary projection computes
+# config fields of Gemma 2 and similar models that change attention or the logits
 UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping")
-SHARED_BEGINNING = 64  # tokens that all prompts begin with are worth a forward
+SHARED_BEGINNING = 64  # a common beginning of so many tokens is worth a forward
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
 FEW = 4  # decode rows apart from the batch when they are less than a fourth of it
 BLOCK = 256  # queries at a time in attention on a CPU
-SPARE = 32, 256  # positions by which buffers grow on a CPU, on a GPU
+SPARE = 32, 256  # positions that buffers grow by, on a CPU and on a GPU
 
 
 class ModelError(ValueError):
@@ -61,7 +61,7 @@ class Packed:
         self.new: dict[int, LayerKV] = {}
 
     def attend(self, query, key, value, layer: int, scaling: float) -> Tensor:
-        """Attention of [1, H, N, D] packed sequences, one at a time, so that its scores stay in the cache.
+        """Attention of [1, H, N, D] packed sequences, one at a time, so that its scores stay in the processor's cache.
 
         `split` (not slicing) keeps the backward linear.
         """
@@ -89,8 +89,8 @@ class Decode:
     def attend(self, query, key, value, layer: int, scaling: float) -> Tensor:
         """One token a row, [n, H, 1, D]: scores against the group's prompt and the row's suffix, one softmax over both.
 
-        Works on all rows of the batch, since gathering the suffixes of many costs more than their scores; not if few are
-        left, as at the end of a rollout.
+        Computes all rows of the batch, since gathering many rows' suffixes costs more than unneeded scores; not if few
+        are left, as at the end of a rollout.
         """
         (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
         own_k[self.at], own_v[self.at] = key[:, :, 0], value[:, :, 0]
@@ -117,7 +117,7 @@ class Decode:
 def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Tensor:
     """[H, S, D] queries, the last S of the T tokens whose keys and values are given in parts [K, ., D].
 
-    On a CPU a block of queries at a time, which no key behind its last one concerns: half of the scores never exist.
+    On a CPU one block of queries at a time, without the keys behind its last query: half of the scores never exist.
     """
     (H, S, D), K, T = q.shape, len(keys[0]), sum(x.shape[1] for x in keys)
     # elsewhere, and for long sequences, torch has kernels that never hold the scores
@@ -125,7 +125,7 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
         k, v = torch.cat(keys, 1), torch.cat(values, 1)
         return whole_attention(q[None], k[None], v[None], scaling)[0]
     R, first = H // K, bias.shape[1] - bias.shape[0] - (T - S)  # column of first key
-    # in bf16 few shapes: each new one is compiled, for 0.7 ms
+    # bf16: few different shapes, since each new one takes 0.7 ms to compile
     step = SHAPE_STEP if q.dtype == torch.bfloat16 else 1
     q = F.pad(q, (0, 0, 0, -S % step))
     spare = q.new_zeros(K, -T % step, D)
@@ -137,9 +137,9 @@ def causal_attention(q, keys: tuple, values: tuple, bias, scaling: float) -> Ten
         seen = T - S + a + n
         seen = min(k.shape[1], seen + -seen % step)
         hidden = bias[a : a + n, first : first + seen].repeat(R, 1)
-        some, keys = some.reshape(K, R * n, D), k[:, :seen].mT
-        weight = torch.baddbmm(hidden, some, keys, alpha=scaling).softmax(-1)
-        out.append((weight @ v[:, :seen]).view(H, n, D))
+        some = some.reshape(K, R * n, D)
+        scores = torch.baddbmm(hidden, some, k[:, :seen].mT, alpha=scaling)
+        out.append((scores.softmax(-1) @ v[:, :seen]).view(H, n, D))
     return torch.cat(out, 1)[:, :S]
 
 
@@ -156,7 +156,7 @@ def whole_attention(query, key, value, scaling: float):
 
 
 def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, past=None, **_
+    module, query, key, value, attention_mask, scaling=None, past=None, **_
 ):
     """Attention of [b, H, T, D] queries as `past` says; without `past` plain causal attention. Returns [b, T, H, D]."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary left them in fp32
@@ -206,7 +206,7 @@ class Policy:
         return self.tokenizer.convert_tokens_to_ids(end[0]) if end else None
 
     def piece(self, token: int) -> str:
-        """Text of one token, for looking at the tail of a turn; after another one, since some decoders strip the first."""
+        """Text of one token, to look for stop tags in; decoded behind another one, since some decoders strip the first."""
         if token not in self.pieces:
             once, twice = self.tokenizer.batch_decode([[token], [token, token]])
             self.pieces[token] = twice[len(once) :]
@@ -214,7 +214,9 @@ class Policy:
 
     def defuse(self, text: str) -> str:
         """Text from data with any string that the tokenizer would turn into a special token broken up."""
-        return self.added.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+        return self.added.sub(
+            lambda m: f"{m[0][0]} {m[0][1:]}" if m[0][1:] else " ", text
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text that continues a sequence (no BOS)."""
@@ -275,17 +277,15 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
         raise ModelError(
             f"{path}: no *.safetensors; convert the weights (pickles are not loaded)"
         )
-    place, how = torch.device(device), {"dtype": torch.float32, "use_safetensors": True}
+    how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, **how, output_loading_info=True
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(path, **how)
         fault = what_is_wrong(model, tokenizer, found["missing_keys"])
         if not fault:
-            model = model.to(place).eval()
+            model, place = model.to(device).eval(), torch.device(device)
             return Policy(model, tokenizer, place, getattr(torch, dtype))
-    except Exception as e:  # a damaged folder makes transformers raise whatever
+    except Exception as e:  # a damaged folder makes transformers raise anything
         why = next(iter(str(e).splitlines()), type(e).__name__)
         if not (folder.is_dir() or isinstance(e, torch.OutOfMemoryError)):
             why += "; no such folder, and no hub id in reach"
@@ -293,8 +293,8 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
     raise ModelError(f"{path}: {fault}")
 
 
-def what_is_wrong(model: nn.Module, tokenizer, missing=()) -> str | None:
-    """Why this model cannot be used, if so; `missing` are weights that its files lack."""
+def what_is_wrong(model: nn.Module, tokenizer, missing) -> str | None:
+    """Why this model cannot be used, or None; `missing` are weights that its files lack."""
     kind, embeddings = model.config.model_type, model.get_input_embeddings()
     if missing:
         return f"{len(missing)} weights are not in its files, {min(missing)} is one"
@@ -320,7 +320,7 @@ def plain_head(model: nn.Module) -> bool:
     return torch.allclose(model(ids).logits, ours, rtol=1e-4, atol=1e-4)
 
 
-def separate_letters(policy: Policy, seed: int = 0) -> None:
+def separate_letters(policy: Policy, seed: int) -> None:
     """Draw the embeddings of A and B anew where training has made them one (cosine above .99), in place.
 
     Tied rows that are hardly ever read are only pushed away as outputs, and Adam pushes all of them alike; a model that
@@ -442,7 +442,7 @@ def share_prompts(
 
 
 def cut(pairs: list[LayerKV], cuts: list | None) -> list[LayerKV]:
-    """Leaves in the place of keys and values, if gradients are to meet there; `cuts` gets (tensor, leaf) of each."""
+    """Detached leaves in place of keys and values, where all rows' gradients add up; `cuts` gets (tensor, leaf) of each."""
     if cuts is None or not pairs or not torch.is_grad_enabled():
         return pairs
     leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in pairs]
@@ -452,7 +452,7 @@ def cut(pairs: list[LayerKV], cuts: list | None) -> list[LayerKV]:
 
 
 def backward_prompts(cuts: list) -> None:
-    """Send on what all rows have left at the leaves: one backward through the prompts, however many parts the rows had."""
+    """Send the gradients gathered at the leaves on: one backward through the prompts, however many parts the rows had."""
     for ends in reversed(cuts):
         torch.autograd.backward([x for x, _ in ends], [leaf.grad for _, leaf in ends])
 
@@ -552,11 +552,11 @@ class RaggedBatch:
 
 
 def reserve(buffers: list[LayerKV], T: int) -> None:
-    """Make room for T positions in buffers [..., T, D], and for some more, so that this is seldom done."""
-    # on a GPU each growth needs blocks that no freed one is large enough for
-    spare = SPARE[buffers[0][0].is_cuda]
-    more = T + spare - buffers[0][0].shape[-2]
-    if more > spare:
+    """Make room for T positions in buffers [..., T, D] and some to spare, so that they seldom grow."""
+    x = buffers[0][0]  # on a GPU each growth needs blocks that no freed one can hold
+    size = x.shape[-2]
+    if T > size:
+        more = T + SPARE[x.is_cuda] - size
         for layer, pair in enumerate(buffers):
             buffers[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
 
@@ -654,7 +654,7 @@ def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float
     """Log-probability and entropy of `targets` [N] from [N, C] states, in chunks so that few logits exist at once."""
     few = max(64, 2**18 // head.out_features)
     most = 2 ** (28 if hidden.is_cuda else 25) // head.out_features
-    # no odd pieces, whose memory would not serve the next chunk's
+    # multiples of `few`: freed memory of an odd size would not serve the next chunk
     size = max(few, most - most % few)
     run = project_chunk
     if len(targets) > size and torch.is_grad_enabled():
@@ -665,7 +665,7 @@ def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float
 
 
 def project_chunk(head, hidden, targets, temperature, few):
-    """What `project` returns, of one chunk; a few rows at a time, whose fp32 copies stay in the cache."""
+    """What `project` returns, of one chunk; a few rows at a time, whose fp32 copies stay in the processor's cache."""
     logits = head(hidden)  # n, V
     rows = zip(logits.split(few), targets.split(few))
     parts = [of_targets(*x, temperature) for x in rows]
@@ -791,7 +791,7 @@ def tiny_shape(width: int = 256, layers: int = 4) -> dict[str, int]:
     return dict(zip(SIZES.split(), sizes, strict=True))
 
 
-def tiny_tokenizer(texts: list[str], vocabulary: int):
+def tiny_tokenizer(texts: list[str]):
     """A byte-level BPE trained on `texts`; tags are single tokens and so are the candidate numbers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -802,7 +802,7 @@ def tiny_tokenizer(texts: list[str], vocabulary: int):
     tokenizer.decoder = decoders.ByteLevel()
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=1024,
         special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|agent|>", *tags],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -817,14 +817,12 @@ def tiny_tokenizer(texts: list[str], vocabulary: int):
     )
 
 
-def build_tiny_agent(
-    texts: list[str], size: dict | None = None, vocabulary: int = 1024, seed: int = 0
-) -> Policy:
+def build_tiny_agent(texts: list[str], size: dict | None = None) -> Policy:
     """A randomly initialised small Qwen3 with a tokenizer trained on `texts`; any text encodes.
 
     `size` goes over `tiny_shape()`; the chat template leaves the long system prompt out.
     """
-    tokenizer = tiny_tokenizer(texts, vocabulary)
+    tokenizer = tiny_tokenizer(texts)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         max_position_embeddings=8192,
@@ -836,7 +834,7 @@ def build_tiny_agent(
         **(tiny_shape() | (size or {})),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = transformers.Qwen3ForCausalLM(config)
     return Policy(model.eval(), tokenizer, torch.device("cpu"))
 

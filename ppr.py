@@ -74,7 +74,7 @@ def pair_tasks(
 ) -> list[Task]:
     """Eq. 4: for each pair the MORE and the LESS question, next to each other; A/B order balanced in each direction.
 
-    Which letter has one positive more, where their number is odd, is drawn for each direction: else the letter would tell.
+    Where the number of pairs is odd, one letter has one positive more: drawn for each direction, else it would tell.
     """
     tasks, places = [], np.arange(len(pairs))
     coins = [rng.integers(2) for _ in directions]

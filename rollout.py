@@ -17,7 +17,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 import torch
 
-from data import Sample, history
+from data import N_CANDIDATES, Sample, history
 from model import ModelError, Policy, RaggedBatch, sample_tokens
 from tools import (
     MAX_OBSERVATION,
@@ -55,7 +55,7 @@ class Task:
 
     @property
     def asked(self) -> str:
-        """What the question about a pair is called in prompts and thoughts."""
+        """The direction's name in the question and in demonstrated answers."""
         return "MORE" if self.more else "LESS"
 
 
@@ -68,7 +68,9 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)  # 1: sampled by the policy
     logprobs: list[float] = field(default_factory=list)  # when sampled, else 0
-    greedy: set[int] = field(default_factory=set)  # places of tokens without chance
+    greedy: set[int] = field(
+        default_factory=set
+    )  # places of tokens not drawn at random
     ending: int = 0  # tokens of a demonstration's answer
     calls: list[Call] = field(default_factory=list)
     # ranked candidate numbers, or "A" / "B"; None: no valid answer
@@ -129,7 +131,7 @@ def system_prompt(tools: tuple[str, ...], k: int, strategy: str = "react") -> st
 def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
     """History with ratings, latest first, the numbered candidates, and the question."""
     lines = ["History:", *rated(ctx, history(ctx.ds, task.sample)[::-1]), "Candidates:"]
-    lines += [f"{ctx.title(c)} = {n}" for n, c in enumerate(task.sample.candidates, 1)]
+    lines += [f"{ctx.titles[c]} = {n}" for n, c in enumerate(task.sample.candidates, 1)]
     if not tools:
         lines.append("No tools.")
     if task.pair:
@@ -143,7 +145,7 @@ def user_prompt(ctx: Context, task: Task, tools: tuple[str, ...]) -> str:
 def rated(ctx: Context, rows: np.ndarray) -> list[str]:
     """Titles and ratings of these interactions."""
     ds = ctx.ds
-    return [f"{ctx.title(ds.item[r])} ({ds.rating[r]:.3g})" for r in rows]
+    return [f"{ctx.titles[ds.item[r]]} ({ds.rating[r]:.3g})" for r in rows]
 
 
 def chat_ids(policy: Policy, turns: dict[str, str], **more) -> list[int]:
@@ -183,7 +185,9 @@ def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
 # ------------------------------------------------------------------------------------------------- reading what it wrote
 
 
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)  # "": never closed
+_THOUGHT = re.compile(
+    r"<think>.*?(</think>|\Z)", re.DOTALL
+)  # captures "" if never closed
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
@@ -363,14 +367,14 @@ class Row:
     tail: str = ""  # the last characters of this turn, to look for stop tags in
     turn_start: int = 0  # where this turn's ids begin
     attempts: int = 0  # calls asked for, malformed ones included
-    answering: bool = False  # whether this turn has opened its answer
+    greedy: bool = False  # this turn's answer is open and takes the likeliest tokens
     stage: str = ""  # what a strategy other than react expects next
     reflections: int = 0  # of plan-first's critic
 
 
 @dataclass
 class Rollout:
-    """Live state of one rollout; `rollout` below documents the fields. Row r sits in slot r // group_size."""
+    """Live state of one rollout. Row r sits in slot r // group_size."""
 
     policy: Policy
     ctx: Context
@@ -378,14 +382,14 @@ class Rollout:
     _: KW_ONLY
     group_size: int
     k: int = 10
-    temperature: float = 1.0
-    greedy_answer: bool = False
-    max_new_tokens: int = 512
-    seed: tuple[int, ...] = (0,)
+    temperature: float = 1.0  # 0: greedy
+    greedy_answer: bool = False  # what follows <answer> always is
+    max_new_tokens: int = 512  # of a whole trajectory, observations included
+    seed: tuple[int, ...] = (0,)  # of a row: (*seed, *task.key, index in the group)
     tools: tuple[str, ...] = ALL_TOOLS
-    slots: int = 16
-    progress: Callable[[list[Trajectory]], None] | None = None
-    strategy: str = "react"
+    slots: int = 16  # prompts in flight
+    progress: Callable[[list[Trajectory]], None] | None = None  # told of each group
+    strategy: str = "react"  # one of STRATEGIES
 
     def __post_init__(self):
         self.slots = min(self.slots, len(self.tasks))
@@ -443,10 +447,9 @@ class Rollout:
         """Sample one token for each row in `ready`."""
         live = [self.rows[i] for i in ready]
         logits = self.batch.decode(ready, [row.pending[0] for row in live])
-        drawn = np.array([row.uniform[len(row.trajectory.ids)] for row in live])
+        drawn = [row.uniform[len(row.trajectory.ids)] for row in live]
         uniform = torch.tensor(drawn, dtype=torch.float32, device=logits.device)
-        certain = [self.greedy_answer and row.answering for row in live]
-        greedy = torch.tensor(certain, device=logits.device)
+        greedy = torch.tensor([row.greedy for row in live], device=logits.device)
         sampled, logprobs = sample_tokens(logits, self.temperature, uniform, greedy)
         for row, token, logprob in zip(live, sampled.tolist(), logprobs.tolist()):
             self.take(row, token, logprob)
@@ -454,14 +457,14 @@ class Rollout:
     def take(self, row: Row, token: int, logprob: float) -> None:
         """Append one sampled token; at a stop tag run the call or read the answer."""
         t = row.trajectory
-        if self.greedy_answer and row.answering:
+        if row.greedy:
             t.greedy.add(len(t.ids))
         t.ids.append(token)
         t.action_mask.append(1)
         t.logprobs.append(logprob)
         row.pending = [token]
         row.tail = (row.tail + self.policy.piece(token))[-32:]
-        row.answering |= "<answer>" in row.tail
+        row.greedy |= self.greedy_answer and "<answer>" in row.tail
         stop = next((s for s in STOPS if s in row.tail), None)
         if stop:
             self.respond(row, stop)
@@ -487,21 +490,19 @@ class Rollout:
         if len(t.ids) + len(observation) >= self.max_new_tokens:
             t.end = "length"
             return
-        append_observation(t, observation)
+        append(t, observation)
         row.pending += observation
-        row.tail, row.turn_start, row.answering = "", len(t.ids), False
+        row.tail, row.turn_start, row.greedy = "", len(t.ids), False
 
 
 def rollout(
     policy: Policy, ctx: Context, tasks: list[Task], **settings
 ) -> list[list[Trajectory]]:
-    """Sample `group_size` trajectories for each task; `settings` are the fields of Rollout. A list for each task, in order.
+    """Sample `group_size` trajectories for each task, in the tasks' order; `settings` are the fields of Rollout.
 
-    Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at
-    once (`progress` is told of it). Each row draws from a generator seeded with (*seed, *task.key, index in the
-    group): who shares the batch changes its tokens by rounding only. `temperature` 0 is greedy, and with
-    `greedy_answer` what follows <answer> always is. `max_new_tokens` bounds a whole trajectory, observations included.
-    `strategy` is one of STRATEGIES. ModelError if a prompt does not fit the model's context.
+    Groups wait for one of `slots` places; rows go at their own pace, and a finished group's place is refilled at once.
+    Each row has a generator of its own: its neighbours in the batch change its tokens by rounding only. ModelError if a
+    prompt does not fit the model's context.
     """
     return Rollout(policy, ctx, tasks, **settings).run()
 
@@ -523,10 +524,10 @@ def observe(policy: Policy, text: str) -> list[int]:
     return policy.encode(f"<observation>{inside}</observation>")
 
 
-def append_observation(t: Trajectory, ids: list[int]) -> None:
-    """Append tokens written by the environment: no action, no log-probability."""
+def append(t: Trajectory, ids: list[int], action: int = 0) -> None:
+    """Append tokens that were not sampled: an observation's, or a demonstration's own (`action` 1)."""
     t.ids += ids
-    t.action_mask += [0] * len(ids)
+    t.action_mask += [action] * len(ids)
     t.logprobs += [0.0] * len(ids)
 
 
@@ -555,14 +556,14 @@ def demonstrate(
     allowed: tuple[str, ...] = ALL_TOOLS,
     ask_again: float = 0.0,
 ) -> Trajectory:
-    """A scripted trajectory for the warm-up: random evidence, and an answer that follows from it exactly.
+    """A scripted trajectory for the warm-up: random evidence, and the answer that follows from it.
 
     Evidence is what one of the `allowed` tools shows, or a thought that finds the candidates of the last purchase's
-    series (`read_titles`); what is asked for twice counts twice. The answer adds up each candidate's scores and sorts by
-    the sums. Which evidence pays is left to learning. There are 0 to `max_steps` pieces, at least one for a pair; half of
-    the `hasty` rankings look at none, the others at 0 to `max_steps` - 1. Whatever follows from these choices is always
-    the same: chance there would only be noise to learn. An agent that has no tools ranks at random what it knows nothing of.
-    In a share `ask_again` of all, half of the tools, at random, are asked for again besides.
+    series (`read_titles`). The answer adds up each candidate's scores, twice what was asked for twice, and sorts by the
+    sums. There are 0 to `max_steps` pieces, at least one for a pair; half of the `hasty` rankings have none, the others
+    0 to `max_steps` - 1. In a share `ask_again` of all, each tool is asked for again with a chance of one half. What
+    follows from these choices is fixed: chance there would be noise to learn. If no tool is allowed, ties are broken at
+    random. Which evidence pays is left to reinforcement learning.
     """
     tools = () if rng.random() < 0.04 and not task.pair else allowed
     t = Trajectory(task, build_prompt(policy, ctx, task, tools, k))
@@ -580,16 +581,17 @@ def demonstrate(
     for name in map(str, names):
         if name == SERIES:
             thought, shown = read_titles(ctx, task.sample)
-            write(policy, t, thought)
+            append(t, policy.encode(thought), action=1)
             total += shown
             continue
         call = scripted_call(ctx, task.sample, name, rng)
         # titles as the prompt has them
         spoken = json.dumps(vars(call), ensure_ascii=False)
         thought = f"<think>{TOPIC.get(name, name)}</think>"
-        write(policy, t, f"{thought}<tool_call>{spoken}</tool_call>")
+        text = f"{thought}<tool_call>{spoken}</tool_call>"
+        append(t, policy.encode(text), action=1)
         found = run(ctx, t, call)
-        append_observation(t, observe(policy, found.render()))
+        append(t, observe(policy, found.render()))
         if found.scores is not None:
             total += digits(found.scores)
     first = np.arange(len(total)) if allowed else rng.permutation(len(total))
@@ -606,7 +608,7 @@ def series_of(title: str) -> str:
 def all_series(ctx: Context, sample: Sample) -> tuple[str, list[str]]:
     """The series of the last purchase and of each candidate."""
     last = ctx.ds.item[history(ctx.ds, sample)[-1]]
-    own, *names = (series_of(ctx.title(i)) for i in (last, *sample.candidates))
+    own, *names = (series_of(ctx.titles[i]) for i in (last, *sample.candidates))
     return own, names
 
 
@@ -618,7 +620,7 @@ def read_titles(ctx: Context, sample: Sample) -> tuple[str, np.ndarray]:
 
 
 def series_thought(series: str, numbers) -> str:
-    """Each of the numbers after the word that it was found by, then their scores as tools show them."""
+    """E.g. `Series Bold 3 Bold 20`: the word before each number that it finds, then the numbers' scores as tools show them."""
     if not series:
         return ""
     found = f" {series}".join(f" {n}" for n in numbers) or " none"
@@ -629,9 +631,9 @@ def series_thought(series: str, numbers) -> str:
 def scripted_call(ctx: Context, sample: Sample, name: str, rng) -> Call:
     """A call about the last purchase; now and then a slip, so that errors are nothing new."""
     past = ctx.ds.item[history(ctx.ds, sample)]
-    argument, title = TOOLS[name].argument, ctx.title(int(past[-1]))
+    argument, title = TOOLS[name].argument, ctx.titles[past[-1]]
     if rng.random() < 0.04:  # its first word, then another title's
-        title = " ".join([*title.split()[:1], *ctx.title(int(past[0])).split()[1:]])
+        title = " ".join([*title.split()[:1], *ctx.titles[past[0]].split()[1:]])
     return Call(name, {argument: title} if argument else {})
 
 
@@ -652,16 +654,13 @@ def conclude(
         reasons = f"{scores} {x}>{y}; {task.asked}={t.answer} "
     else:
         t.answer = ranking[:k]
-        reasons, boxed = sums(total), f"[{','.join(map(str, t.answer))}]"
+        boxed = f"[{','.join(map(str, t.answer))}]"
+        sums = "".join(f"{n}:{x} " for n, x in enumerate(total, 1))
+        reasons = sums if total.any() else ""  # without evidence nothing to add up
     before = len(t.ids)
-    write(policy, t, f"<answer>{reasons}\\boxed{{{boxed}}}</answer>")
+    text = f"<answer>{reasons}\\boxed{{{boxed}}}</answer>"
+    append(t, policy.encode(text), action=1)
     t.end, t.ending = "answer", len(t.ids) - before
-
-
-def sums(total: np.ndarray) -> str:
-    """Each candidate's sum, in their order; nothing where there is no evidence."""
-    listed = "".join(f"{i}:{x} " for i, x in enumerate(total, 1))
-    return listed if total.any() else ""
 
 
 def exercises(
@@ -669,8 +668,8 @@ def exercises(
 ) -> list:
     """n rows that practise one thing at a time: adding up at most so many lists, or finding the titles of a series.
 
-    Demonstrations are too sparse to teach a new model to look things up; such rows do, as nearly every token of theirs
-    depends on a look-up. Where titles have no series there is nothing to find.
+    Demonstrations are too sparse to teach a new model to look things up; such rows do, as nearly all of their tokens
+    depend on a look-up. Where titles have no series there is nothing to find.
     """
     found = [add_up(policy, rng, rng.integers(1, lists + 1), k) for _ in range(n // 2)]
     for _ in range(n - len(found)):
@@ -682,9 +681,10 @@ def exercises(
     return found
 
 
-def add_up(policy: Policy, rng, lists: int, k: int, n: int = 20) -> Trajectory:
+def add_up(policy: Policy, rng, lists: int, k: int) -> Trajectory:
     """Lists of scores as tools show them, then the answer that adds them up; its tokens are the actions."""
-    t, total = Trajectory(Task(None), policy.encode("Again:")), np.zeros(n, int)
+    n, t = N_CANDIDATES, Trajectory(Task(None), policy.encode("Again:"))
+    total = np.zeros(n, int)
     for _ in range(lists):
         scores = rng.integers(10, size=n) * (rng.random(n) < rng.uniform(0.2, 1.2))
         order = np.argsort(-scores, kind="stable")
@@ -694,30 +694,22 @@ def add_up(policy: Policy, rng, lists: int, k: int, n: int = 20) -> Trajectory:
             numbers = np.flatnonzero(rng.random(n) < 0.1) + 1
             scores, text = np.zeros(n, int), series_thought("Duo", numbers)
             scores[numbers - 1] = 9
-        append_observation(t, policy.encode(text))
+        append(t, policy.encode(text))
         total += scores
     conclude(policy, t, total, np.arange(n), k)
     return t
 
 
 def find_series(policy: Policy, ctx: Context, t: Trajectory, rng, others) -> None:
-    """Which of the prompt's candidates are of a series? Asked of theirs, of other items' and at last of the last purchase's."""
+    """Which of the prompt's candidates are of a series? Asked for their own series, other items' and last the last purchase's."""
     own, names = all_series(ctx, t.task.sample)
     others = (*others, *ctx.ds.item[history(ctx.ds, t.task.sample)])
-    asked = {*names, *(series_of(ctx.title(i)) for i in others)} - {"", own}
+    asked = {*names, *(series_of(ctx.titles[i]) for i in others)} - {"", own}
     for name in map(str, [*rng.permutation(sorted(asked)), own]):
         thought = series_thought(name, [i for i, x in enumerate(names, 1) if x == name])
         given = f"<think>{SERIES} {name}" if name != own else ""
-        append_observation(t, policy.encode(given))
-        write(policy, t, thought.removeprefix(given))
-
-
-def write(policy: Policy, t: Trajectory, text: str) -> None:
-    """Append an action's tokens to a demonstration."""
-    ids = policy.encode(text)
-    t.ids += ids
-    t.action_mask += [1] * len(ids)
-    t.logprobs += [0.0] * len(ids)
+        append(t, policy.encode(given))
+        append(t, policy.encode(thought.removeprefix(given)), action=1)
 
 
 class TextCollector:

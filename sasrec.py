@@ -81,7 +81,9 @@ class SASRec(nn.Module):
         lengths = np.array([len(s) for s in sequences])
         starts = np.cumsum(lengths) - lengths
         out = torch.empty(int(lengths.sum()), self.items.embedding_dim)
-        order = np.argsort(lengths, kind="stable")  # like lengths need little padding
+        order = np.argsort(
+            lengths, kind="stable"
+        )  # similar lengths need little padding
         for a in range(0, len(order), 512):
             rows = order[a : a + 512]
             h = self(pad([sequences[i][:MAX_LEN] for i in rows]))
@@ -112,7 +114,7 @@ def pad(sequences: list[np.ndarray], limit: int = MAX_LEN) -> torch.Tensor:
 
 
 def train_sasrec(ds: Dataset, end: int, seed=0, epochs=None, progress=None) -> SASRec:
-    """Fit SASRec on interactions strictly before time `end` (ms); fewer `epochs` (None) for sparse data; `progress` titles a bar."""
+    """Fit SASRec on interactions before time `end` (ms), by default for fewer epochs if data is sparse; `progress` names a bar."""
     histories = [ds.before(user, end) for user in range(len(ds.users))]
     sequences = [ds.item[h[-MAX_LEN - 1 :]] for h in histories if len(h) > 1]
     if epochs is None:  # 20 is best on the bundled world; sparse data overfits sooner

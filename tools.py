@@ -4,7 +4,7 @@ A tool is a function `(context, sample, **arguments) -> Observation` and an entr
 Besides its text, an observation rates every candidate from 0 to 9 where the evidence allows it ("8:9 3:7 ..."), so that
 a ranking can be read off each tool and several can be combined.
 
-All but the catalogue's own fields comes from interactions before the sample's time and statistics fitted before `fit_end`.
+Everything but the catalogue's own fields comes from interactions before the sample's time or was fitted before `fit_end`.
 Deviation: "nearest in SASRec's embedding space" is read as the items nearest to SASRec's state after the named item
 alone; that finds complements as well as look-alikes.
 """
@@ -54,12 +54,6 @@ class Observation:
         return f"{clip_observation(self.text, MAX_OBSERVATION - 10 - len(scores))}\n{scores}"
 
 
-def in_range(scores: np.ndarray) -> bool:
-    """Whether all scores are numbers in [0, 1]: a NaN would spread through whatever adds them up."""
-    scores = np.asarray(scores)
-    return bool(((scores >= 0) & (scores <= 1)).all())
-
-
 def digits(scores: np.ndarray) -> np.ndarray:
     """Scores in [0, 1] as the digits 0 to 9 that an observation shows."""
     return np.clip((np.asarray(scores) * 10).astype(int), 0, 9)
@@ -67,7 +61,7 @@ def digits(scores: np.ndarray) -> np.ndarray:
 
 def inert(text: str, limit: int = 60) -> str:
     """Text from data made harmless: no tag can open or close, one line, no control characters, at most `limit` long."""
-    text = one_line(text[: 4 * limit].translate({60: "‹", 62: "›", 92: "/"}))
+    text = one_line(text[: 4 * limit].translate(str.maketrans("<>\\", "‹›/")))
     return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + "…"
 
 
@@ -90,7 +84,7 @@ def best(scores: np.ndarray, n: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------- context
 
-SNAPSHOTS = 64  # of what was bought before a time; a look-up counts on from the nearest
+SNAPSHOTS = 64  # of purchases so far; a look-up goes on from the nearest before it
 
 
 def read_profiles(path: pathlib.Path) -> dict[int, str]:
@@ -113,14 +107,15 @@ class Context:
         ds = self.ds
         kinds = [i.category or i.store or "" for i in ds.items]
         self.kind_names, self.kind = np.unique(kinds, return_inverse=True)
-        self.kind_known = self.kind_names != ""  # unknown is no category to share
+        self.kind_known = self.kind_names != ""  # items without a category share none
         self.kind_titles = [inert(name, 24) or "unknown" for name in self.kind_names]
         brands = [i.store or "" for i in ds.items]
         self.brand = np.unique(brands, return_inverse=True)[1]
         self.log_price = np.log([i.price or np.nan for i in ds.items])
+        # as the agent sees them
         self.titles = [inert(i.title, self.title_limit) for i in ds.items]
-        numbered = reversed([*enumerate(self.titles)])  # of equal titles the first
-        self._shown = {title.casefold(): i for i, title in numbered}
+        numbered = reversed([*enumerate(self.titles)])  # the first of equal titles wins
+        self._by_title = {title.casefold(): i for i, title in numbered}
         self._fit_transitions()
         self._take_snapshots()
         # SASRec's unit state after every interaction, users one after the other
@@ -177,20 +172,16 @@ class Context:
         snapshot = min(end // self.stride, SNAPSHOTS - 1)
         return self._add(snapshot, slice(snapshot * self.stride, end))
 
-    def title(self, item: int) -> str:
-        """An item's title as the agent sees it."""
-        return self.titles[item]
-
     def find(self, sample: Sample, title: str) -> int | None:
         """The item of this title: the sample's own first (recent purchases, then candidates), then the catalogue's.
 
-        Language models misquote titles: failing those, the sample's item whose title has most of the same letters, or
-        the one that begins alike for the longest, at least BEGINNING letters. None if nothing is near.
+        Language models misquote titles, so next comes the sample's item with the most similar title, then the one that
+        shares the longest beginning, of at least BEGINNING letters. None if nothing is near.
         """
         wanted = inert(title, self.title_limit).casefold()
         own = (*self.ds.item[history(self.ds, sample)][::-1], *sample.candidates)
         shown = {self.titles[i].casefold(): int(i) for i in reversed(own)}
-        exact = shown.get(wanted, self._shown.get(wanted))
+        exact = shown.get(wanted, self._by_title.get(wanted))
         if exact is not None:
             return exact
         near = difflib.get_close_matches(wanted, shown, n=1, cutoff=0.6)
@@ -201,7 +192,7 @@ class Context:
         return int(own[longest]) if alike[longest] >= BEGINNING else None
 
     def meant(self, sample: Sample, item: int, title: str) -> str:
-        """Which item was taken, where it was asked for under another title, or others of the prompt have the same."""
+        """A remark on the item taken, if it was asked for by another title or several items of the prompt share its title."""
         taken = self.titles[item].casefold()
         if inert(title, self.title_limit).casefold() != taken:
             return f"{self.titles[item]}: "
@@ -213,13 +204,11 @@ class Context:
 # --------------------------------------------------------------------------------------------------------------- tools
 
 
-def shares(values: list[str], most: int = 2) -> str:
-    """The most frequent values with their shares, e.g. `Norvik 40% Kallo 20%`."""
-    known = [v for v in values if v]
-    if not known:
-        return "unknown"
-    top = Counter(known).most_common(most)
-    return " ".join(f"{inert(v, 24)} {100 * n // len(values)}%" for v, n in top)
+def shares(values: list[str | None]) -> str:
+    """The two most frequent values with their shares, e.g. `Norvik 40% Kallo 20%`."""
+    top = Counter(filter(None, values)).most_common(2)
+    shown = " ".join(f"{inert(v, 24)} {100 * n // len(values)}%" for v, n in top)
+    return shown or "unknown"
 
 
 def dollars(price: float) -> str:
@@ -304,8 +293,7 @@ def get_similar_items(ctx: Context, sample: Sample, item_title: str) -> Observat
         raise ToolError(f"no item is titled {inert(item_title)!r}", malformed=False)
     scores = ctx.sasrec.scores(ctx.sasrec.states([np.array([item])]))[0].numpy()
     scores[item] = -np.inf
-    nearest = np.argpartition(-scores, 2)[:2]
-    near = "; ".join(ctx.title(i) for i in nearest[np.argsort(-scores[nearest])])
+    near = "; ".join(ctx.titles[i] for i in best(scores, 2))
     text = ctx.meant(sample, item, item_title) + "near " + near
     return Observation(text, log_rank(scores, sample.candidates))
 
@@ -326,7 +314,7 @@ def get_similar_users(ctx: Context, sample: Sample) -> Observation:
     for u, w in zip(seen[near], weight):
         np.add.at(bought, ds.item[ds.before(u, sample.time)[-6:]], w)
     top = best(bought, 2)
-    text = "bought " + "; ".join(ctx.title(i) for i in top)
+    text = "bought " + "; ".join(ctx.titles[i] for i in top)
     return Observation(text, log_rank(bought, sample.candidates))
 
 
@@ -420,24 +408,26 @@ def run_call(ctx: Context, sample: Sample, call: Call) -> Observation:
         if len(ctx._memory) > 100_000:
             ctx._memory.clear()
         found = TOOLS[call.name].run(ctx, sample, **call.arguments)
-        n, scores = len(sample.candidates), found.scores
-        fits = scores is None or np.shape(scores) == (n,) and in_range(scores)
-        assert fits, f"{call.name}: scores must be {n} numbers in [0, 1], or None"
+        if found.scores is not None:
+            n, scores = len(sample.candidates), np.asarray(found.scores)
+            # a NaN, which is not in [0, 1] either, would spread through what adds up
+            fits = scores.shape == (n,) and ((scores >= 0) & (scores <= 1)).all()
+            assert fits, f"{call.name}: scores must be {n} numbers in [0, 1], or None"
         ctx._memory[key] = found
     return ctx._memory[key]
 
 
 def tool_scores(ctx: Context, name: str, sample: Sample) -> np.ndarray:
-    """[20] the tool's own rating of the candidates: for similar items of the last purchase, for info popularity."""
+    """[20] the tool's own rating of the candidates; similar items are the last purchase's, item info goes by popularity."""
     if name == "item_info_search":
         counts, _ = ctx.as_of(sample.time)
         mine = counts[list(sample.candidates)]
         return np.searchsorted(np.sort(counts), mine, side="right") / len(counts)
-    last = ctx.title(ctx.ds.item[history(ctx.ds, sample)[-1]])
+    last = ctx.titles[ctx.ds.item[history(ctx.ds, sample)[-1]]]
     arguments = {TOOLS[name].argument: last} if TOOLS[name].argument else {}
     try:
         scores = run_call(ctx, sample, Call(name, arguments)).scores
-    except ToolError:  # its argument is no title
+    except ToolError:  # it takes something other than a title
         scores = None
     return np.zeros(len(sample.candidates)) if scores is None else scores
 

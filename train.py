@@ -108,8 +108,10 @@ LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
-MINED = 8  # times `slots` prompts are in flight while mining
-ENDING_WEIGHT = 2.0  # of an answer's tokens in the warm-up: others are easy or chance
+MINED = 8  # times `slots`: prompts in flight while mining
+ENDING_WEIGHT = (
+    2.0  # of an answer's tokens in the warm-up; the others are easy or random
+)
 
 
 @dataclass
@@ -158,9 +160,9 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
 def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     """The prompts of one step, reshuffled every epoch: samples (rta), or hard pairs in both directions (ppr).
 
-    A share of stage 2's prompts (--list-share) asks for the ranking of other pairs' samples again, or where pairs are few
-    of any samples; without them the tiny agent forgets within a dozen steps how to answer a ranking. An epoch then does
-    not ask about every pair.
+    A share of stage 2's prompts (--list-share) are rankings, of other pairs' samples or, where pairs are few, of any
+    training samples: without them the tiny agent forgets within a dozen steps how to rank. An epoch then does not ask
+    about every pair.
     """
     args, train = run.args, run.ds.splits["train"]
     directions = DIRECTIONS[args.ppr_directions]
@@ -189,7 +191,7 @@ def sample_groups(
 ) -> list[list[Trajectory]]:
     """`group_size` trajectories of each task; each rank samples its share, all get all."""
     args, (rank, n) = run.args, ranks()
-    with sampler(run) as policy:
+    with gathered(run) as policy:
         groups = rollout(
             policy, run.ctx, tasks[rank::n], group_size=group_size, k=args.k, slots=slots,
             temperature=args.temperature, greedy_answer=args.greedy_answer,
@@ -320,9 +322,9 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     for i, n in zip(own, counts):
         heavy = shown[i].ending
         weights += [1.0] * (n - heavy) + [ENDING_WEIGHT] * heavy
-    mine = [rows[i] for i in own]
+    share = [rows[i] for i in own]
     how = {"micro_tokens": args.micro_tokens, "score": run.score}
-    logprobs, _ = accumulate(run.policy, prompts, mine, weights, n_actions, **how)
+    logprobs, _ = accumulate(run.policy, prompts, share, weights, n_actions, **how)
     paired = [t.task.pair is not None for t in shown]
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
     for i, n, x in zip(own, counts, logprobs.split(counts)):
@@ -355,7 +357,7 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
 
 
 def profile_samples(run: Run) -> list[Sample]:
-    """Whom --profiles llm is about: stage 1's samples, the mined ones, and those that eval.py draws by default.
+    """The samples that --profiles llm covers: stage 1's, the mined ones, and those that eval.py draws by default.
 
     Not those of demonstrations, nor the rankings that fill up stage 2 where pairs are few: they keep the template's.
     """
@@ -378,7 +380,7 @@ def write_profiles(run: Run) -> None:
     todo = [s for s in profile_samples(run) if s.id not in profiles]
     starts = range(0, len(todo), 8 * run.args.slots * n)
     bar = progress_bar("writing profiles", len(starts), "batch")
-    with bar, sampler(run) as policy:
+    with bar, gathered(run) as policy:
         for at in starts:
             own = todo[at : at + starts.step][rank::n]
             texts = complete(policy, [profile_prompt(policy, run.ctx, s) for s in own])
@@ -434,7 +436,7 @@ def train_stage(run: Run, stage: str) -> None:
     run.stepping = False
     if run.stop:
         leave(run, run.stop)
-    with sampler(run, exact=True) as policy:
+    with gathered(run, exact=True) as policy:
         if ranks()[0] == 0:
             put(run.out / stage, partial(save_policy, policy))
 
@@ -446,7 +448,7 @@ def end_of_step(run: Run, last: bool) -> None:
     failing = run.skipped >= 3
     if failing or stop or last or run.step % run.args.save_every == 0:
         save_state(run)
-        over_ranks([0])  # nobody leaves, and has the others ended, before it is written
+        over_ranks([0])  # wait until it is written: a rank that leaves ends the others
     if failing:
         hint = f"state saved in {run.out}: start anew with a lower --lr"
         raise ModelError(f"3 updates in a row were not finite; {hint}")
@@ -632,7 +634,7 @@ def join_ranks(device: str) -> None:
 
 
 def end_rank(status: int) -> None:
-    """Exit; one of several processes here and now, for in an interpreter's teardown gloo's threads abort it now and then."""
+    """Exit; one of several processes at once, since gloo's threads sometimes abort it in the interpreter's teardown."""
     if launched() == 1:
         sys.exit(status)
     sys.stdout.flush()
@@ -662,7 +664,7 @@ def shard(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def sampler(run: Run, exact: bool = False) -> Iterator[Policy]:
+def gathered(run: Run, exact: bool = False) -> Iterator[Policy]:
     """The policy to sample from or to save: under --shard a whole copy that exists as long as it is in use.
 
     Matrices are held in the dtype that autocast would multiply them in, unless `exact`.
@@ -752,7 +754,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 4500)"),
     ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a sixth)"),
-    ("ask-again", float, 0.0, "share of demonstrations that ask tools again besides"),
+    ("ask-again", float, 0.0, "share of demonstrations that ask some tools again"),
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
@@ -766,9 +768,9 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("teach-form", bool, True, "greedy answers learn from the invalid ones"),
     ("max-new-tokens", int, (800, 6144), "of a trajectory with its observations"),
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
-    ("title-chars", int, (30, 60), "titles are cut to so many characters"),
+    ("title-chars", int, (30, 60), "titles are cut to this many characters"),
     ("k", int, 10, "length of the ranking, K (paper: 10); the bundled agent needs a warm-up for another"),
-    ("bonus", float, BONUS, "reward for rank 1 with a tool"),
+    ("bonus", float, BONUS, "extra reward for rank 1 after a tool call"),
     ("max-grad-norm", float, 1.0, "gradient clipping"),
     "variants (defaults: the paper's estimator)",
     ("baseline", ("mean", "loo"), "mean", "group baseline b of Eq. 6"),
@@ -868,7 +870,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether it does so in hardware: newer CPUs, and GPUs from Ampere on."""
+    """Whether the device multiplies bfloat16 in hardware: newer CPUs, and GPUs from Ampere on, do."""
     if device.startswith("cuda"):
         ready = torch.cuda.is_available()
         return ready and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -935,7 +937,7 @@ def open_run(args: argparse.Namespace) -> Run:
 
 
 def check_folder(args: argparse.Namespace, out: pathlib.Path) -> None:
-    """ModelError if a new run would replace files unasked, or delete what is no run folder or what it is about to read."""
+    """ModelError if a new run would replace files unasked, or delete anything but a run folder, or what it is about to read."""
     if not out.exists() or all(path.name == LOCK for path in out.iterdir()):
         return
     hint = "choose another --out"

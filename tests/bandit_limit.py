@@ -1,7 +1,7 @@
 """What can feedback on whole rankings teach in so many trajectories? Stage 1 without a language model.
 
-    PYTHONPATH=. python tests/bandit_limit.py        # four to seven minutes on one core
-    PYTHONPATH=. python tests/bandit_limit.py --dataset office2018 --data-dir DIR --without-tool NAME ...
+    python tests/bandit_limit.py        # four to seven minutes on one core
+    python tests/bandit_limit.py --dataset office2018 --data-dir DIR --without-tool NAME ...
 
 A table stands in for the agent: for each tool, and for reading the titles, the chance of asking not at all, once and
 twice (24 numbers, not 2.6 million), the same for all users. It cannot write an invalid answer or add up wrongly: the
@@ -14,13 +14,17 @@ Printed: N@10 of the likeliest choices on the test split, ten seeds each.
 
 import argparse
 import itertools
+import pathlib
+import sys
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
 from data import load_dataset
-from eval import all_tool_scores, fit_fusion
+from eval import evidence_scores, fit_fusion
 from grpo import BONUS, NOT_RANKED, group_advantages
-from rollout import ALL_TOOLS, read_titles
+from rollout import ALL_TOOLS
 from sasrec import train_sasrec
 from tools import Context, digits
 
@@ -82,11 +86,9 @@ def main() -> None:
     shown, scores, targets = {}, {}, {}
     for split in ("train", "valid", "test"):
         samples = ds.splits[split]
-        scores[split] = all_tool_scores(ctx, samples, split)
+        evidence = evidence_scores(ctx, samples, split)
+        scores[split], shown[split] = evidence[:, :-1], digits(evidence)
         targets[split] = np.array([s.target for s in samples])
-        titles = np.array([read_titles(ctx, s)[1] for s in samples])
-        both = digits(scores[split]), titles[:, None]
-        shown[split] = np.concatenate(both, 1)
         for name in ("item_info_search", *args.without_tool):  # the former shows none
             shown[split][:, names.index(name)] = 0
 

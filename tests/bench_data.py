@@ -1,7 +1,7 @@
 """Data at scale, run by hand: time and peak memory of loading, of the tools and of preparing Amazon Reviews 2023.
 
-    PYTHONPATH=. python tests/bench_data.py            # a few minutes, 1 GB in the temporary folder
-    PYTHONPATH=. python tests/bench_data.py tools --interactions 100000 --items 10000
+    python tests/bench_data.py            # a few minutes, 1 GB in the temporary folder
+    python tests/bench_data.py tools --interactions 100000 --items 10000
 
 `tools` loads 1M generated interactions with 100k items, `amazon` prepares generated raw files of the size of
 Office_Products (700k products of 3 kB, 1.8M ratings). Each runs in a process of its own, so its peak memory is its own.
@@ -13,10 +13,13 @@ import json
 import multiprocessing
 import pathlib
 import re
+import sys
 import tempfile
 import time
 
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import data
 from sasrec import SASRec, next_item_loss, pad

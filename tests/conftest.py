@@ -1,6 +1,13 @@
 """Shared small worlds and models: a 120-item shop, an unfitted SASRec and a randomly initialised tiny agent."""
 
+import os
+
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a misspelt model is looked for in the cache only
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit is a CPU's
+os.environ["no_proxy"] = "127.0.0.1"  # the mirror of test_data.py
+
 import torch
 
 from data import make_splits, simulate_office
@@ -10,8 +17,9 @@ from tools import Context
 from train import demonstration_texts
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads():
+@pytest.fixture(autouse=True)
+def _seed():
+    """Each test draws the same whatever ran before it."""
     torch.manual_seed(0)
 
 

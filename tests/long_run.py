@@ -51,7 +51,7 @@ class Watch:
     def __call__(self, run, metrics, groups):
         self.log_step(run, metrics, groups)
         for sample in (group[0].task.sample for group in groups):
-            title = run.ctx.title(sample.candidates[metrics["step"] % 20])
+            title = run.ctx.titles[sample.candidates[metrics["step"] % 20]]
             for name, tool in TOOLS.items():
                 arguments = {tool.argument: title} if tool.argument else {}
                 run_call(run.ctx, sample, Call(name, arguments))

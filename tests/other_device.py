@@ -116,6 +116,9 @@ def install() -> None:
         return ones.tril(keys - queries)
 
     torch.tensor, model.causal_lower_right = new_tensor, mask
+    model.Muon = (
+        model.Float32Muon
+    )  # torch's multiplies in bfloat16, emulated on many CPUs
     train.load_policy, train.save_policy = load_policy, save_policy
 
 

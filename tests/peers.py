@@ -133,7 +133,7 @@ class ScriptedRollout(engine.Rollout):
         if len(t.ids) - row.turn_start < row.turns[0][0]:
             return
         _, seen = row.turns.pop(0)
-        engine.append_observation(t, seen)
+        engine.append(t, seen)
         row.pending += seen
         row.turn_start = len(t.ids)
         t.end = "" if row.turns else "answer"

@@ -20,9 +20,10 @@ from grpo import ranks
 
 
 def shrink(setattr) -> None:
-    """A 150-user shop and one epoch of SASRec in place of the bundled world's sizes."""
+    """A 150-user shop and one epoch of SASRec in place of the bundled world's sizes; no data set is prepared."""
     shop, fit = data.simulate_office, train.train_sasrec
     setattr(data, "simulate_office", functools.partial(shop, 150))
+    setattr(data, "HOME", pathlib.Path("/nowhere"))
     setattr(train, "train_sasrec", functools.partial(fit, epochs=1))
 
 

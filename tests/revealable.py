@@ -1,6 +1,6 @@
 """How much of the oracle's lead can ten interactions reveal? A ranker that knows the shop but not the user.
 
-    PYTHONPATH=. python tests/revealable.py      # half a minute on two cores
+    python tests/revealable.py      # half a minute on two cores
 
 The oracle knows each user's hidden taste. This script trains a small network on other simulated users (another seed of
 the same shop) that sees, for each candidate, how it matches the visible history on every hidden property of the shop
@@ -8,12 +8,17 @@ the same shop) that sees, for each candidate, how it matches the visible history
 as we can get by learning, so its N@10 on the test split is an estimate (from below) of what a history can reveal.
 """
 
+import pathlib
+import sys
+
 import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
 import data
-from eval import bootstrap, metric, ranks_from_scores
+from eval import intervals, metric, ranks_from_scores
 
 
 def features(ds, prop, samples):
@@ -90,8 +95,8 @@ def main():
     utility = np.array([world.utility[s.id][list(s.candidates)] for s in test])
     for name, table in (("revealable", scores), ("oracle", utility)):
         ranks = ranks_from_scores(table, test)
-        for m in ("hit@1", "ndcg@10"):
-            b = bootstrap(np.array([metric(m, r, 10) for r in ranks]), users)
+        columns = {m: [metric(m, r, 10) for r in ranks] for m in ("hit@1", "ndcg@10")}
+        for m, b in intervals(columns, users).items():
             print(
                 f"{name:12}{m:9}{b['mean']:.3f} ({b['lo']:.3f}–{b['hi']:.3f}), {len(test)} test samples"
             )

@@ -86,9 +86,10 @@ def test_a_comparison_has_ratios_and_shares_of_the_limit(
 
 
 def test_the_whole_benchmark_prints_its_tables(
-    in_one_process, monkeypatch, capsys, tmp_path
+    in_one_process, monkeypatch, capsys, tmp_path, world
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "load_dataset", lambda _: world)
     monkeypatch.setattr(bench, "memory_mb", lambda *_, **__: 300.0)
     every = bench.growth_cases
 

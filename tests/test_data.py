@@ -250,17 +250,18 @@ def test_a_history_is_strictly_before_oldest_first_and_at_most_10(world):
 # ------------------------------------------------------------------------------------------------- the bundled office
 
 
-def test_the_bundled_office_is_quick_and_says_that_it_is_simulated(monkeypatch, tmp_path):  # fmt: skip
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+def test_the_bundled_office_is_quick_and_says_that_it_is_simulated(office, monkeypatch, tmp_path):  # fmt: skip
+    monkeypatch.setattr(data, "HOME", tmp_path / "data")
     began = time.process_time()
-    simulate_office()
-    assert time.process_time() - began < 5
     ds = load_dataset("office")
+    assert time.process_time() - began < 5
     assert ds.simulated and ds.name == "office-sim"
     assert ds.describe().startswith("dataset office-sim: SIMULATED office-supplies shop (bundled, not real people); 2,000 users, 1,800 items, ")  # fmt: skip
     assert all(item.id.startswith("SIM") for item in ds.items)
     assert len({item.title for item in ds.items}) == len(ds.items)
-    assert load_dataset("office-sim").fingerprint() == ds.fingerprint()
+    assert office.fingerprint() == ds.fingerprint()
+    monkeypatch.setattr(data, "simulate_office", lambda: office)
+    assert load_dataset("office-sim") is office
 
 
 def test_simulated_users_buy_nothing_twice_and_follow_their_utility(office):
@@ -438,7 +439,7 @@ def test_tools_on_real_data_say_unknown_and_invent_nothing(real):
     for sample in real.splits["test"][::90]:
         past = [real.items[i] for i in real.item[history(real, sample, None)]]
         stores = {i.store for i in past if i.store}
-        title = ctx.title(sample.candidates[0])
+        title = ctx.titles[sample.candidates[0]]
         text, _ = answer(ctx, sample, "item_info_search", item_name=real.items[sample.candidates[0]].title)  # fmt: skip
         assert re.fullmatch(r"category unknown; price unknown; rating unknown; as popular as \d+%", text.split("\n")[0]), title  # fmt: skip
         text, scores = answer(ctx, sample, "candidates_analyze")
@@ -499,12 +500,12 @@ def test_a_title_that_several_items_share_says_so(world):
         )
     ds = replace(world, items=items)
     ctx = Context(ds, SASRec(len(items)).eval(), title_limit=28)
-    assert ctx.title(a) == ctx.title(b)
+    assert ctx.titles[a] == ctx.titles[b]
     for name in ("item_info_search", "get_similar_items"):
         argument = TOOLS[name].argument
-        text, _ = answer(ctx, sample, name, **{argument: ctx.title(b)})
+        text, _ = answer(ctx, sample, name, **{argument: ctx.titles[b]})
         assert text.startswith("first of 2 titled so: ")
-        text, _ = answer(ctx, sample, name, **{argument: ctx.title(other)})
+        text, _ = answer(ctx, sample, name, **{argument: ctx.titles[other]})
         assert "titled so" not in text
 
 
@@ -682,7 +683,7 @@ def test_equal_times_of_a_user_keep_the_files_order_1_ms_apart(tmp_path):
 
 
 def test_names_and_broken_folders_never_fall_back_to_the_simulation(tmp_path, monkeypatch):  # fmt: skip
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    monkeypatch.setattr(data, "HOME", tmp_path / "data")
     places = tmp_path / "data"
     for name, message in (
         ("games", f"dataset games: {places / 'games'} does not exist; run `python data.py games` first"),
@@ -1053,7 +1054,7 @@ def test_an_existing_dataset_is_not_overwritten(mirror, tmp_path):
 def test_a_rest_of_a_killed_run_is_cleared_and_never_loaded(mirror, tmp_path, monkeypatch):  # fmt: skip
     place(mirror, tmp_path)
     rest = write_dataset(tmp_path / ".office.part", items=GOOD_ITEMS[:5])
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    monkeypatch.setattr(data, "HOME", tmp_path / "data")
     monkeypatch.setattr(data, "simulate_office", lambda: pytest.fail("not reached"))
     with pytest.raises(pytest.fail.Exception):
         load_dataset("office")

@@ -622,6 +622,34 @@ def test_only_action_tokens_reach_the_vocabulary(policy, ctx):
     assert sum(seen) == sum(sum(r.action_mask) for r in rows)
 
 
+def test_groups_without_signal_and_the_estimators_variants(policy, ctx):
+    """Equal rewards count in Eq. 6's mean and have no gradient; negative ones alone do not even count, unless asked."""
+    rng, rewards = np.random.default_rng(0), ([1.0, 0.0], [0.5, 0.5], [-0.5, -1.0])
+    groups = [
+        [demonstrate(policy, ctx, Task(s), 10, rng, 1) for _ in "ab"]
+        for s in ctx.ds.splits["train"][:3]
+    ]
+    for group, values in zip(groups, rewards):
+        for t, value in zip(group, values):
+            t.reward = value
+    rows = [TrainRow(p, t.ids, t.action_mask) for p, g in enumerate(groups) for t in g]
+    logprobs, _ = token_logprobs(policy, [g[0].prompt for g in groups], rows)
+    of_row = [x.sum() for x in logprobs.split([sum(r.action_mask) for r in rows])]
+    first, last = of_row[0] - of_row[1], of_row[4] - of_row[5]
+    for objective, dropped, loss in (
+        (Objective(), 1, -0.5 * first / 4),
+        (Objective(baseline="loo"), 1, -first / 4),
+        (Objective(divide_by_std=True), 1, -first / 4),
+        (Objective(drop_negative=False), 0, -(0.5 * first + 0.25 * last) / 6),
+    ):
+        want = gradient(policy, loss)
+        policy.model.zero_grad()
+        found = policy_gradient(policy, groups, objective)
+        assert (found["zero_variance_groups"], found["dropped_groups"]) == (1, dropped)
+        got = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+        assert (got - want).norm() / want.norm() < 5e-4, objective
+
+
 def memory_of_an_update(n_actions, vocabulary=151_936):
     """Peak resident bytes of one update of 8 rows of `n_actions` tokens each; run in a process of its own."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -1,6 +1,7 @@
 """eval.py: metrics and intervals by hand, rows that resume, probes, and one whole evaluation of a small shop."""
 
 import argparse
+import collections
 import json
 import pathlib
 import re
@@ -12,7 +13,7 @@ import pytest
 import eval as ev
 from data import Dataset, Item, Sample
 from model import ModelError, save_policy
-from rollout import ALL_TOOLS, Task, append_observation, demonstrate, observe
+from rollout import ALL_TOOLS, Task, append, demonstrate, observe
 from sasrec import SASRec, save_sasrec
 from train import parse_args
 
@@ -39,7 +40,6 @@ def test_users_are_resampled_not_samples_and_differences_are_paired():
     assert found["a"] == {"mean": 0.01, "lo": 0.0, "hi": 1.0}
     assert found["b"] == {"mean": 1.01, "lo": 1.0, "hi": 2.0}
     assert found["b-a"] == {"mean": 1.0, "lo": 1.0, "hi": 1.0}
-    assert ev.bootstrap(values, users, resamples=1000) == found["a"]
 
 
 def test_item_knn_by_hand():
@@ -223,7 +223,7 @@ def test_a_tool_that_is_off_says_so_and_costs_no_format(ctx, policy, world):
         ctx.unavailable = ()
     assert "not available" in off and "not available" not in shown
     assert not t.malformed and len(t.calls) == 2 and t.tool_seconds > 0
-    append_observation(t, observe(policy, off))
+    append(t, observe(policy, off))
     assert not any(t.action_mask)
 
 
@@ -305,6 +305,31 @@ def test_show_takes_the_agent_that_rows_names(monkeypatch, ctx):
         ev.main()
 
 
+def test_user_shows_all_of_a_users_samples(monkeypatch, ctx, capsys):
+    """However few --samples are evaluated; and profiles that no model has written are counted."""
+    agents, pool = [ev.Agent(x, "x", ()) for x in ("frozen", "rta")], ctx.ds.splits["test"]  # fmt: skip
+    config = {"args": {"profiles": "llm"}}
+    line = {"positive": 3, "title": "Pen", "rank": 1, "reward": 1.1, "prompt": "Rank.", "text": ""}  # fmt: skip
+
+    def play(args, ctx, agent, tasks, seed):
+        return [line | {"user": ctx.ds.users[t.sample.user]} for t in tasks]
+
+    monkeypatch.setattr(ev, "load", lambda args: (config, ctx))
+    monkeypatch.setattr(ev, "run_agents", lambda args, config: agents)
+    monkeypatch.setattr(ev, "play", play)
+    ((user, n),) = collections.Counter(s.user for s in pool).most_common(1)
+    name, argv = ctx.ds.users[user], ["eval.py", "runs/x", "--samples", "1", "--user"]
+    monkeypatch.setattr(sys, "argv", [*argv, name])
+    ev.main()
+    told = capsys.readouterr().out
+    shown = f"=== rta, user {name}, bought 3 (Pen): rank 1, reward 1.100\nRank.\n"
+    assert told.count(shown) == n > 1
+    assert "note: 1 of 1 have the template's profile" in told
+    monkeypatch.setattr(sys, "argv", [*argv, "nobody"])
+    with pytest.raises(ModelError, match="no sample of the test split is of nobody"):
+        ev.main()
+
+
 @pytest.mark.parametrize("flag", ["--show", "--slots"])
 def test_show_and_slots_need_a_number(monkeypatch, capsys, flag):
     monkeypatch.setattr(sys, "argv", ["eval.py", "runs/x", flag, "0"])
@@ -364,6 +389,7 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     flags = ("--slots", "2", "--device", "cpu", "--dtype", "float32")
     settings = vars(parse_args(flags))
     config = {"args": settings, "dataset": "d", "fingerprint": world.fingerprint()}
+    config["commit"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(ev, "load_dataset", lambda *_: world)
     flags = (
@@ -406,12 +432,39 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     assert json.loads(page[start : page.index("</script>", start)])["eval"] == result
     assert "N@10 of frozen minus" in capsys.readouterr().out
     monkeypatch.setattr(ev, "reward", lambda *_: np.float32(0.25))  # a fork's own
-    flags = ("--samples", "2", "--split", "valid")
+    drawn = []
+    monkeypatch.setattr(ev, "plot", lambda shown, folder: drawn.append((shown["eval"]["split"], folder)))  # fmt: skip
+    flags = ("--samples", "2", "--split", "valid", "--plot")
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *flags])
     ev.main()
     assert json.loads((tmp_path / "eval.json").read_text()) == result
     valid = json.loads((tmp_path / "eval-valid.json").read_text())
     assert (valid["split"], valid["rows"]["frozen"]["reward"]) == ("valid", 0.25)
+    assert drawn == [("valid", tmp_path / "plots-valid")]
+    assert (tmp_path / "report.html").read_text() == page
+    assert (tmp_path / "report-valid.html").read_text() != page
+
+
+def test_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    steps = [
+        {"stage": stage, "step": n} | dict.fromkeys(ev.CURVES, n / 10)
+        for stage, last in (("rta", 7), ("ppr", 2))
+        for n in range(1, last + 1)
+    ]
+    steps[0]["tool_rate_of_rewarded"] = None  # none was rewarded
+    point = {"mean": 0.5, "lo": 0.4, "hi": 0.6}
+    rows = {name: {"ndcg@10": point, "hit@1": point} for name in ("random", "rta")}
+    ev.plot({"metrics": steps, "eval": {"rows": rows}}, tmp_path / "plots")
+    for name in ("curves.png", "comparison.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModelError, match="pip install matplotlib"):
+        ev.plot({}, tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
 
 
 def test_other_settings_of_another_run_are_told(tmp_path, capsys):

@@ -5,14 +5,11 @@ and the tokenizer would add, a pad token that is missing or is the EOS, an EOS t
 the template names, more embeddings than tokens, no system role.
 """
 
-import os
-import pathlib
 import shutil
 import string
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -29,6 +26,7 @@ from tokenizers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eval as ev
 from model import ModelError, Policy, TrainRow, load_policy, save_policy, token_logprobs
 from rollout import STOPS, Task, build_prompt, check_context, rollout
 
@@ -260,26 +258,25 @@ def test_a_space_that_the_decoder_strips_is_no_stop_tag(texts):
     assert "".join(map(policy.piece, [1, 0, 2, 3])) == "< /answer>"
 
 
-def test_a_hub_id_is_read_from_the_cache(tmp_path):
+def test_no_special_token_survives_in_data_however_short(policy):
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["!", "<|x|>"]})
+    policy = replace(policy)
+    for special in ("!", "<|x|>"):
+        (forbidden,) = policy.encode(special)
+        ids = policy.encode(policy.defuse(f"Pen{special} now"))
+        assert forbidden not in ids and policy.decode(ids).startswith("Pen")
+
+
+def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     """Without a network: as `--model owner/name` after a download; eval.py tells its versions apart by the commit."""
-    root = pathlib.Path(__file__).parents[1]
-    repo, commit = tmp_path / "hub" / "models--owner--tiny", "0123456789" * 4
-    shutil.copytree(root / "assets" / "tiny-agent", repo / "snapshots" / commit)
+    repo, commit = tmp_path / "models--owner--tiny", "0123456789" * 4
+    shutil.copytree(ev.HERE / "assets" / "tiny-agent", repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    code = """
-import eval, model
-print(model.load_policy("owner/tiny").describe(), eval.identity("owner/tiny"))
-try:
-    model.load_policy("owner/other")
-except model.ModelError as e:
-    print(e)
-"""
-    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    env |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    found, missing = done.stdout.splitlines()
-    assert found == f"qwen3 2.6M parameters owner/tiny@{commit}"
-    assert missing.startswith("owner/other: cannot be loaded: ")
-    assert missing.endswith("; no such folder, and no hub id in reach")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load_policy("owner/tiny").describe() == "qwen3 2.6M parameters"
+    assert ev.identity("owner/tiny") == f"owner/tiny@{commit}"
+    with pytest.raises(ModelError) as e:
+        load_policy("owner/other")
+    assert str(e.value).startswith("owner/other: cannot be loaded: ")
+    assert str(e.value).endswith("; no such folder, and no hub id in reach")

@@ -265,7 +265,7 @@ def check(policy, t, limit, k):
 def fuzz(monkeypatch, policy, ctx, n, seed=0, k=10, limit=1200):
     """Run `n` outputs; returns the slowest times and a count of (end, reward)."""
     samples, rng = ctx.ds.splits["test"], random.Random(seed)
-    shown = [ctx.title(c) for s in samples[:9] for c in s.candidates]
+    shown = [ctx.titles[c] for s in samples[:9] for c in s.candidates]
     titles = [*shown, "no such thing", "", "x" * 700, "</think>", "\ud800"]
     drawn, real = np.random.default_rng(seed), []
     for i in range(30):

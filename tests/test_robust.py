@@ -306,15 +306,74 @@ class Elements(html.parser.HTMLParser):
         self.text += text
 
 
+def drawn(page, folder):
+    """A page as chromium has drawn it."""
+    command = ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={folder}", "--dump-dom", page.as_uri()]  # fmt: skip
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout  # fmt: skip
+
+
+def figure(mean, **more):
+    """A row or a difference of eval.json: its NDCG@10, give or take a hundredth."""
+    return {"ndcg@10": {"mean": mean, "lo": mean - 0.01, "hi": mean + 0.01}} | more
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_the_report_of_a_run_without_tools(tmp_path):
+    """Its stage 1 is "r": the headline says so, it is no rival of its own stage 2, and pairs are asked of it.
+
+    Above each curve stand its smooth line's ends, no share above 1.
+    """
+    agent = {"valid": 1.0, "tool_calls": 0.0, "calls": {}}
+    rows = {"random": figure(0.2), "oracle": figure(1.0)}
+    rows |= {name: figure(0.3, **agent) for name in ("frozen_r", "frozen", "r")}
+    hits = [
+        0.5,
+        0.55,
+        0.6,
+        0.65,
+        0.7,
+        0.8,
+        0.9,
+        1,
+        1,
+        1,
+    ]  # the smooth line ends at 1.03
+    steps = [
+        {"stage": "rta", "step": n, "hit@10": x, "reward_mean": 0.05 * n}
+        for n, x in enumerate(hits, 1)
+    ]
+    asked = [
+        {"sample": 1, "pair": [1, 2], "positive": 1, "more": more, "answer": "A", "valid": True}
+        for more in (True, False)
+    ]  # fmt: skip
+    for final, said in ("r", "trained without tools"), ("ppr", "after stage 2"):
+        rows |= {final: figure(0.4, **agent)}
+        gaps = {f"{final}-{name}": figure(-0.1) for name in rows}
+        gaps |= {f"{final}-frozen_r": figure(0.1)}
+        found = {"rows": rows, "paired": gaps}
+        shown = {"title": "d", "eval": found, "metrics": steps, "pairs": {"r": asked}}
+        evaluation.write_report(tmp_path / "report.html", lambda _, shown=shown: shown)
+        dom = drawn(tmp_path / "report.html", tmp_path / "browser")
+        text = Elements(re.sub("<script.*?</script>", "", dom, flags=re.DOTALL)).text
+        for words in (
+            f"NDCG@10, {said}",
+            "The agent beats the agent it started from; it covers 25% of the way",
+            "stage 1: 0.50 → 1.00",
+            "stage 1: 0.05 → 0.50",
+            "No evaluated agent called a tool.",
+            "A, right",
+            "A, wrong",
+        ):
+            assert words in text, words
+        assert "No hard pairs" not in text
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_no_script_from_data_runs_in_the_report(main, monkeypatch, undisturbed, tmp_path):  # fmt: skip
     main("--resume", undisturbed)  # finished: returns at once
     monkeypatch.setattr(sys, "argv", ["eval.py", str(undisturbed), "--samples", "2"])
     evaluation.main()
-    command = ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", "--dump-dom"]  # fmt: skip
-    page = (undisturbed / "report.html").as_uri()
-    shown = subprocess.run([*command, page], check=True, capture_output=True, text=True, timeout=120)  # fmt: skip
-    dom = Elements(shown.stdout)
+    dom = Elements(drawn(undisturbed / "report.html", tmp_path))
     assert "data-hacked" not in dom.attributes
     assert not {"img", "iframe", "object", "embed"} & set(dom.tags)
     assert not [name for name in dom.attributes if name.startswith("on")]
@@ -473,6 +532,17 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_counted(tmp_path)
         assert torch.equal(weight, before) == (skipped in ([1], [1, 2]))
         assert weight.isfinite().all() and weight.grad is None
     assert skipped == [1, 2, 0, 1]
+
+
+def test_gradients_are_clipped_and_the_norm_before_that_is_told(tmp_path):
+    run = a_run(tmp_path)
+    weight = run.policy.model.weight
+    run.optimizer = torch.optim.SGD([weight])
+    before = weight.detach().clone()
+    weight.grad = torch.tensor([[3.0, 4.0]])
+    assert train.update(run, 0.1)["grad_norm"] == pytest.approx(5)
+    step = torch.tensor([[0.06, 0.08]])  # norm 1, at a rate of 0.1
+    assert torch.allclose(before - weight, step, atol=1e-5)
 
 
 def test_flat_rewards_and_cut_answers_are_said_at_once(tmp_path, capsys):
