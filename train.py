@@ -758,7 +758,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
-    ("lr", float, (2e-4, 1e-6), "learning rate; 1e-4 for paper's adapters"),
+    ("lr", float, (2e-4, 1e-6), "learning rate of stage 1; with --lora-rank paper: 1e-4"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
     ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
     ("batch", int, (12, 64), "prompts a step"),
@@ -769,7 +769,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("max-new-tokens", int, (800, 6144), "of a trajectory with its observations"),
     ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to this many characters"),
-    ("k", int, 10, "length of the ranking, K (paper: 10); the bundled agent needs a warm-up for another"),
+    ("k", int, 10, "length of the ranking, K; the bundled agent needs a warm-up for another"),
     ("bonus", float, BONUS, "extra reward for rank 1 after a tool call"),
     ("max-grad-norm", float, 1.0, "gradient clipping"),
     "variants (defaults: the paper's estimator)",
@@ -838,6 +838,8 @@ def add_flag(group, name: str, kind, default, text: str) -> None:
     if isinstance(default, tuple):
         pairs = [f"{p}: {d}" for p, d in zip(PRESETS, default) if d is not None]
         default, text = None, f"{text} ({', '.join(pairs)})"
+    elif default not in (None, False, []):
+        text = f"{text} (default: {default})"
     group.add_argument(f"--{name}", default=default, help=text, **how)
 
 
