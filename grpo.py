@@ -153,9 +153,9 @@ def accumulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.
 
-    One weight an action token, row after row; None: no gradient, only look. Returns the tokens' log-probabilities and entropies [N] on
-    the CPU. A prompt is computed once, and its backward waits until all of its rows have been through theirs. What
-    comes after a row's last action changes none of them and is left out: a greedy answer, for the most part.
+    One weight an action token, row after row; None: no gradient, only look. Returns the tokens' log-probabilities and
+    entropies [N] on the CPU. A prompt is computed once, and its backward waits until all of its rows have been through
+    theirs. What comes after a row's last action changes none of them and is left out: a greedy answer, for the most part.
 
     `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all ranks must
     make equally many (and prompts go along with every part of their rows): a rank with less to do scores a spare token

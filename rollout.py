@@ -185,9 +185,8 @@ def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
 # ------------------------------------------------------------------------------------------------- reading what it wrote
 
 
-_THOUGHT = re.compile(
-    r"<think>.*?(</think>|\Z)", re.DOTALL
-)  # captures "" if never closed
+# captures "" if never closed
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 

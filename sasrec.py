@@ -81,9 +81,8 @@ class SASRec(nn.Module):
         lengths = np.array([len(s) for s in sequences])
         starts = np.cumsum(lengths) - lengths
         out = torch.empty(int(lengths.sum()), self.items.embedding_dim)
-        order = np.argsort(
-            lengths, kind="stable"
-        )  # similar lengths need little padding
+        # similar lengths need little padding
+        order = np.argsort(lengths, kind="stable")
         for a in range(0, len(order), 512):
             rows = order[a : a + 512]
             h = self(pad([sequences[i][:MAX_LEN] for i in rows]))

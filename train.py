@@ -109,9 +109,8 @@ LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 MINED = 8  # times `slots`: prompts in flight while mining
-ENDING_WEIGHT = (
-    2.0  # of an answer's tokens in the warm-up; the others are easy or random
-)
+# of an answer's tokens in the warm-up; the others are easy or random
+ENDING_WEIGHT = 2.0
 
 
 @dataclass
