@@ -39,6 +39,7 @@ SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multip
 FEW = 4  # decode rows apart from the batch when they are less than a fourth of it
 BLOCK = 256  # queries at a time in attention on a CPU
 SPARE = 32, 256  # positions that buffers grow by, on a CPU and on a GPU
+LOGITS = 2**25, 2**28  # at once in the vocabulary projection, likewise
 
 
 class ModelError(ValueError):
@@ -553,12 +554,19 @@ class RaggedBatch:
 
 def reserve(buffers: list[LayerKV], T: int) -> None:
     """Make room for T positions in buffers [..., T, D] and some to spare, so that they seldom grow."""
-    x = buffers[0][0]  # on a GPU each growth needs blocks that no freed one can hold
-    size = x.shape[-2]
-    if T > size:
-        more = T + SPARE[x.is_cuda] - size
+    x = buffers[0][0]
+    if T > x.shape[-2]:
+        more = room(T, x.is_cuda) - x.shape[-2]
         for layer, pair in enumerate(buffers):
             buffers[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
+
+
+def room(T: int, on_gpu: bool) -> int:
+    """Positions to make where T are needed."""
+    # there each growth needs blocks that no freed one can hold, and rows of whole 16
+    # bytes are what matrix products are fast with
+    size = T + SPARE[on_gpu]
+    return size - size % 64 if on_gpu else size
 
 
 def length_bias(length: Tensor, T: int, dtype: torch.dtype) -> Tensor:
@@ -653,7 +661,7 @@ def token_logprobs(
 def project(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float):
     """Log-probability and entropy of `targets` [N] from [N, C] states, in chunks so that few logits exist at once."""
     few = max(64, 2**18 // head.out_features)
-    most = 2 ** (28 if hidden.is_cuda else 25) // head.out_features
+    most = LOGITS[hidden.is_cuda] // head.out_features
     # multiples of `few`: freed memory of an odd size would not serve the next chunk
     size = max(few, most - most % few)
     run = project_chunk
@@ -873,8 +881,9 @@ def memory_need(
     """GB (10^9 bytes) that each of `n` GPUs needs at most, by part; weights in fp32, computation in bf16, AdamW.
 
     `prompts` of PROMPT tokens with `rows` answers of `new_tokens` are sampled at once, an update holds `micro_tokens`.
-    The peak is what stays plus the larger of sampling and update. Not counted: attention scores of short sequences, and
-    a prompt's keys and values, which each row's attention holds once more.
+    The peak is what stays plus the larger of sampling and update. "Activations" are all that an update holds for its
+    backward, and a chunk of logits. Not counted: attention scores of short sequences, and a prompt's keys and values,
+    which each row's attention holds once more.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -889,6 +898,12 @@ def memory_need(
     saved = layers * sum(a * x for a, x in zip(SAVED, units, strict=True))
     if grad_checkpoint:  # each layer's input, keys and values, and all of one layer
         saved = saved // layers + layers * 4 * (width + kv_heads * head_dim)
+    # each forward that waits for its backward has bf16 matrices of its own: the prompts', and that of a common beginning
+    matrices = sum(m.weight.numel() for m in linear)
+    waiting = 0 if grad_checkpoint else 2 * matrices * (1 if sharded else 2)
+    # a chunk's logits, in bf16 and fp32, and the head's gradient before it is added
+    projected = 6 * min(LOGITS[1], micro_tokens * config.vocab_size)
+    projected += 2 * config.vocab_size * width * (trained == size)
     # the whole copy under --shard holds embeddings in fp32, and a head tied to them once more in bf16
     embeddings = (4 if config.tie_word_embeddings else 2) * config.vocab_size * width
     split = n if sharded else 1
@@ -898,7 +913,7 @@ def memory_need(
         "Adam": 8 * trained / split,
         "bf16 copy": 2 * size + sharded * embeddings,
         "keys, values": 2 * 2 * layers * kv_heads * head_dim * cached,
-        "activations": micro_tokens * saved,
+        "activations": micro_tokens * saved + waiting + projected,
     }
     need = {part: x / 1e9 for part, x in need.items()}
     *stays, sampling, updating = need.values()

@@ -348,7 +348,7 @@ def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
         emulates = args.device.startswith("cpu") and args.dtype == "float32"
         return MuonAdamW(model, args.warmup_lr, float32=emulates)
     # fused: no temporary as large as all weights
-    how = {"weight_decay": 0.0, "fused": args.device == "cuda"}
+    how = {"weight_decay": 0.0, "fused": args.device.startswith("cuda")}
     return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), **how)
 
 
@@ -599,7 +599,8 @@ def restore_state(run: Run) -> None:
     run.stage, run.step, run.skipped = state["stage"], state["step"], state["skipped"]
     run.optimizer = make_optimizer(run, run.stage)
     model = load_file(folder / "model.safetensors")
-    optimizer = torch.load(folder / "optimizer.pt", "cpu", weights_only=True)
+    how = {"weights_only": True, "mmap": bool(run.score)}  # a rank needs its share only
+    optimizer = torch.load(folder / "optimizer.pt", "cpu", **how)
     if run.score:
         named = dict(run.policy.model.named_parameters())
         model = {name: split_like(x, named[name]) for name, x in model.items()}
@@ -623,6 +624,9 @@ def join_ranks(device: str) -> None:
     """Under torchrun meet the other processes; only rank 0 prints and writes."""
     if launched() == 1:
         return
+    if device.startswith("cuda:"):
+        hint = "give --device cuda, and each process takes a GPU of its own"
+        raise ModelError(f"--device {device} with several processes: {hint}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" now means
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
@@ -714,7 +718,7 @@ def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
     updated = (args.micro_tokens, args.lora_rank, args.grad_checkpoint)
     need = memory_need(config, n, sharded, rows, prompts, new, *updated)
     rows = args.slots * args.group_size
-    alone = memory_need(config, 1, False, rows, rows, new, 0)
+    alone = memory_need(config, 1, True, rows, rows, new, 0)  # a whole copy
     larger = max(alone["weights"], alone["keys, values"])  # these once copied
     return need | {"evaluation": alone["bf16 copy"] + larger}
 
@@ -724,8 +728,9 @@ def say_memory(args: argparse.Namespace) -> None:
     need = memory(args, args.model, launched(), args.shard)
     parts = ", ".join(f"{part} {x:.0f}" for part, x in need.items())
     print(f"memory per GPU at most, in GB: {parts}", flush=True)
-    if args.device == "cuda":
-        has = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if args.device.startswith("cuda"):
+        device = torch.device(args.device)
+        has = torch.cuda.get_device_properties(device).total_memory / 1e9
         if has < max(need["peak"], need["evaluation"]):
             flags = "--grad-checkpoint, --lora-rank, --shard, fewer --slots"
             print(f"warning: this GPU has {has:.0f}; what takes less: {flags}")

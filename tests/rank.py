@@ -44,8 +44,14 @@ def befall(fault: str, at: str = "", path: str = "") -> None:
         train.grpo_step = faulty
 
 
+def fused(parameters, lr, adamw=torch.optim.AdamW, **settings):
+    """The optimizer that a GPU has; CPUs have it too."""
+    return adamw(parameters, lr, **settings | {"fused": True})
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.optim.AdamW = fused
     shrink(setattr)  # for good: the process is this run
     befall(*sys.argv.pop(1).split(":"))
     train.main()
