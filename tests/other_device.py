@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from rank import shrink
@@ -55,7 +54,8 @@ class Device(TorchDispatchMode):
 
 def compute(operation, args, kwargs):
     """Run one operation on the tensors held; what comes out is on the device if what went in was, or if it is sent there."""
-    leaves = tree_leaves((args, kwargs))
+    leaves = []
+    held_args, held_kwargs = (each(held, x, leaves) for x in (args, kwargs))
     name = operation._schema.name.split("::")[1]
     on = any(isinstance(x, Emulated) for x in leaves)
     off = [x for x in leaves if type(x) in (torch.Tensor, torch.nn.Parameter)]
@@ -64,15 +64,25 @@ def compute(operation, args, kwargs):
         raise RuntimeError(f"{operation}: tensors of shape {shapes} are on the CPU")
     devices = [x.type for x in leaves if isinstance(x, torch.device)]
     sent = "emu" in devices
-    out = operation(*tree_map(held, args), **tree_map(held, kwargs))
+    out = operation(*held_args, **held_kwargs)
     if name == "copy_":
         on = isinstance(args[0], Emulated)
     if not (sent or on and "cpu" not in devices):
         return args[0] if name == "copy_" else out
-    out = tree_map(lambda x: Emulated(x) if type(x) is torch.Tensor else x, out)
+    out = each(lambda x: Emulated(x) if type(x) is torch.Tensor else x, out, [])
     if sent or name in COPIES:
         return out
     return return_and_correct_aliasing(operation, args, kwargs, out)
+
+
+def each(change, x, leaves: list):
+    """`x` with every leaf changed; the old ones are added to `leaves`. (torch's tree_map takes three times as long.)"""
+    if isinstance(x, dict):
+        return {name: each(change, y, leaves) for name, y in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(each(change, y, leaves) for y in x)
+    leaves.append(x)
+    return change(x)
 
 
 def held(x):

@@ -287,14 +287,14 @@ def flash(query, key, value, scaling):
 
 @pytest.mark.parametrize("more", [(0, False), (16, False), (0, True)])
 def test_memory_covers_the_peak_of_an_update(monkeypatch, more):
-    """Tensors without content go through an update of Qwen3-4B with four layers as on a GPU, where gradients are already.
+    """Tensors without content go through an update of Qwen3-4B with three layers as on a GPU, where gradients are already.
 
     Two prompts of 2,500 tokens, the first 1,000 the same, and 4 rows of 700 each.
     """
     monkeypatch.setattr("model.whole_attention", flash)
     monkeypatch.setattr("model.LOGITS", (LOGITS[1], LOGITS[1]))
     config = qwen3_config("Qwen/Qwen3-4B-Instruct-2507")
-    config.num_hidden_layers, config.layer_types = 4, config.layer_types[:4]
+    config.num_hidden_layers, config.layer_types = 3, config.layer_types[:3]
     prompts = [[1] * 1000 + [i] * 1500 for i in range(2)]
     rows, ids = [[1] * 700] * 8, torch.ones(8 * 700, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=True), Held() as held:
