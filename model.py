@@ -562,9 +562,9 @@ def reserve(buffers: list[LayerKV], T: int) -> None:
 
 
 def room(T: int, on_gpu: bool) -> int:
-    """Positions to make where T are needed."""
-    # there each growth needs blocks that no freed one can hold, and rows of whole 16
-    # bytes are what matrix products are fast with
+    """How many positions a buffer gets where T are needed."""
+    # on a GPU no freed block can hold a larger buffer, so it seldom grows; and matrix
+    # products are fast with rows of whole 16 bytes
     size = T + SPARE[on_gpu]
     return size - size % 64 if on_gpu else size
 

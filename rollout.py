@@ -68,9 +68,7 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)  # 1: sampled by the policy
     logprobs: list[float] = field(default_factory=list)  # when sampled, else 0
-    greedy: set[int] = field(
-        default_factory=set
-    )  # places of tokens not drawn at random
+    greedy: set[int] = field(default_factory=set)  # places of tokens without a draw
     ending: int = 0  # tokens of a demonstration's answer
     calls: list[Call] = field(default_factory=list)
     # ranked candidate numbers, or "A" / "B"; None: no valid answer

@@ -792,7 +792,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("device", str, "auto", "cpu, cuda, ..."),
     ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
     ("micro-tokens", int, (MICRO_TOKENS, 8192), "tokens held at once in an update"),
-    ("lora-rank", int, 0, "train adapters of this rank only (0: all weights)"),
+    ("lora-rank", int, 0, "train adapters of this rank only, not all weights"),
     ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
     ("slots", int, (16, 4), "prompts in flight during a rollout"),
     ("shard", bool, False, "split the model over torchrun's ranks (FSDP2)"),
@@ -842,7 +842,7 @@ def add_flag(group, name: str, kind, default, text: str) -> None:
     if isinstance(default, tuple):
         pairs = [f"{p}: {d}" for p, d in zip(PRESETS, default) if d is not None]
         default, text = None, f"{text} ({', '.join(pairs)})"
-    elif default not in (None, False, []):
+    elif default not in (None, []) and default is not False:
         text = f"{text} (default: {default})"
     group.add_argument(f"--{name}", default=default, help=text, **how)
 

@@ -505,13 +505,17 @@ def test_another_runs_profiles_are_told_apart(tmp_path, capsys):
 
 
 def test_pairs_are_asked_of_the_runs_own_stage_1(world, tmp_path, monkeypatch):
-    """Without tools it is called r; beside rta an r is another run's."""
+    """Without tools it is called r; beside rta an r is another run's; a stage 2 alone began with the frozen agent."""
     sample = world.splits["train"][0]
     pair = {"sample": sample.id, "positive": 1, "negative": 2, "rank": 3}
     (tmp_path / "hard_pairs.jsonl").write_text(json.dumps(pair) + "\n")
     monkeypatch.setattr(ev, "play", lambda args, ctx, agent, tasks, seed: tasks)
     args = argparse.Namespace(out=tmp_path, seeds=[0])
     ctx = argparse.Namespace(ds=world)
-    for names, asked in (("r", "ppr"), ["r", "ppr"]), (("r", "rta", "ppr"), ["rta", "ppr"]):  # fmt: skip
+    for names, asked in (
+        (("r", "ppr"), ["r", "ppr"]),
+        (("r", "rta", "ppr"), ["rta", "ppr"]),
+        (("ppr",), ["frozen", "ppr"]),
+    ):
         agents = [ev.Agent(name, "x", ()) for name in ("frozen", *names)]
         assert list(ev.ask_pairs(args, ctx, agents)) == asked

@@ -326,18 +326,8 @@ def test_the_report_of_a_run_without_tools(tmp_path):
     agent = {"valid": 1.0, "tool_calls": 0.0, "calls": {}}
     rows = {"random": figure(0.2), "oracle": figure(1.0)}
     rows |= {name: figure(0.3, **agent) for name in ("frozen_r", "frozen", "r")}
-    hits = [
-        0.5,
-        0.55,
-        0.6,
-        0.65,
-        0.7,
-        0.8,
-        0.9,
-        1,
-        1,
-        1,
-    ]  # the smooth line ends at 1.03
+    # the smooth line ends at 1.03
+    hits = [0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9, 1, 1, 1]
     steps = [
         {"stage": "rta", "step": n, "hit@10": x, "reward_mean": 0.05 * n}
         for n, x in enumerate(hits, 1)

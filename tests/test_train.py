@@ -385,6 +385,20 @@ def test_a_warm_up_has_muon_for_the_layers_matrices(policy, tmp_path, device, dt
     assert [p is table for p in rest if p.ndim == 2] == [True]
 
 
+def test_help_tells_defaults_that_are_zero_too(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "samples and SASRec stay the same (default: 0)",
+        "ask some tools again (default: 0.0)",
+        "which stages to run (default: all)",
+        "steps of stage 1 (tiny: 50)",
+    ):
+        assert text in told
+    assert "default: False" not in told and "default: None" not in told
+
+
 def test_memory_is_told_and_nothing_is_begun(monkeypatch, capsys):
     parts = ("weights", "bf16 copy", "keys, values", "peak")
     monkeypatch.setattr(train, "memory_need", lambda *_: dict.fromkeys(parts, 2.0))
