@@ -39,6 +39,7 @@ STAGE_1 = {
     "G 2": "--group-size 2 --batch 48",
     "G 4": "--group-size 4 --batch 24",
     "G 16": "--group-size 16 --batch 6",
+    "P 6": "--batch 6",
     "leave-one-out": "--baseline loo",
     "divided by std": "--divide-by-std",
     "mean over tokens": "--token-mean",
@@ -53,8 +54,8 @@ STAGE_1 = {
         "get_rating_behavior", "get_similar_items", "get_similar_users",
     )
 }  # fmt: skip
-# agents of other sizes; make them first, alike: train.py --stage warmup --width 64 --layers 4 --warmup-steps 800
-# --batch 8 --group-size 5 --out runs/size-64
+# agents of other sizes; make them first, as the bundled one was: train.py --stage warmup --dataset office-sim
+# --width 64 --batch 8 --group-size 5 --out runs/size-64
 STAGE_1 |= {f"width {n}": f"--model {{runs}}/size-{n}/warmup" for n in (64, 128, 192)}
 LONGER = "--ppr-steps 24 --ppr-lr 1e-4"  # twice the default's, at twice the rate: differences are easier to see
 STAGE_2 = {
