@@ -405,6 +405,8 @@ def open_lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
         raise DatasetError(f"{path}: {fault}") from e
     except OSError as e:
         needed = "a dataset needs the files items.jsonl and interactions.csv"
+        if path.suffix == ".gz":
+            needed = "delete it and fetch it again"
         raise DatasetError(f"{path}: cannot be read ({e.strerror}); {needed}") from e
 
 
@@ -419,7 +421,7 @@ def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
             reason = getattr(e, "msg", "too deep, or a number too long")
             fault = f"not JSON ({reason}); write one object a line"
             raise DatasetError(f"{where}: {fault}") from e
-        if not isinstance(row, dict) or not row.get("parent_asin"):
+        if not isinstance(row, dict) or row.get("parent_asin") in (None, ""):
             fault = "field parent_asin is missing; give every item an id"
             raise DatasetError(f"{where}: {fault}")
         yield where, row
@@ -461,11 +463,14 @@ def read_items(path: pathlib.Path) -> dict[str, Item]:
         if fault := item_fault(row, items):
             raise DatasetError(f"{where}: {fault}")
         key, title = str(row["parent_asin"]), " ".join(str(row["title"]).split())
-        category = (row.get("categories") or [None])[-1] or row.get("main_category")
-        store, count = row.get("store") or None, row.get("rating_number")
+        category = one_line((row.get("categories") or [""])[-1])
+        category = category or one_line(row.get("main_category") or "")
+        store, count = one_line(row.get("store") or ""), row.get("rating_number")
         price = positive_number(row.get("price"))
         stars = positive_number(row.get("average_rating"))
-        items[key] = Item(key, title, store, category, price, stars, count)
+        items[key] = Item(
+            key, title, store or None, category or None, price, stars, count
+        )
     if len(items) < N_CANDIDATES:
         few = f"{len(items)} items; add more, at least {N_CANDIDATES} are needed"
         raise DatasetError(f"{path}: {few}")
@@ -554,12 +559,24 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     columns = [np.array(c) for c in zip(*rows)]
     skipped = f"{len(again)} duplicate rows skipped, this one first"
     notes = [f"{where}: {skipped}" for where in again[:1]]
+    pairs = {(user, item) for user, item, *_ in rows}
+    if len(pairs) < 0.95 * len(rows):
+        repeated = (
+            f"{1 - len(pairs) / len(rows):.0%} of the interactions repeat an item"
+        )
+        notes.append(
+            f"{repeated} of the same user: as a positive it is in the history, where no negative can be; "
+            "keep first purchases only, or expect rankings that look too good"
+        )
     return Dataset(name, list(catalogue.values()), list(users), *columns, notes=notes)
 
 
 def load_dataset(name: str, folder: str | None = None, seed: int = 0) -> Dataset:
     """The dataset called `name` with its splits made; `folder` (--data-dir) overrides data/<name>."""
     path = pathlib.Path(folder or HOME / name)
+    if folder and name == "office-sim":
+        fault = "is the bundled shop; give --data-dir's dataset another name"
+        raise DatasetError(f"dataset office-sim {fault}")
     there = (path / "items.jsonl").exists() or name in KNOWN and os.path.lexists(path)
     if folder or (there and name != "office-sim"):
         ds = read_folder(path, name)

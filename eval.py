@@ -1,4 +1,4 @@
-"""Metrics with confidence intervals, baselines, probes and the report: all of the README's tables and figures.
+"""Metrics with confidence intervals, baselines, probes and the report; the README's curves and bars.
 
     python eval.py runs/NAME                      # all rows on the test split -> table, eval.json, report.html
     python eval.py runs/NAME --seeds 0 1 2 --temperature 0.6    # agents sampled three times, averaged
@@ -206,8 +206,10 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
         "random": np.zeros(candidates.shape),
         "popularity": np.bincount(bought, minlength=len(ds.items))[candidates],
         "itemknn": item_knn(ds, samples),
-        "sasrec": np.take_along_axis(sasrec.scores(states).numpy(), candidates, 1),
+        "sasrec": sasrec.scores(states, torch.from_numpy(candidates)).numpy(),
     }
+    # most candidates of sparse data share no buyer with the history: popularity orders them
+    rows["itemknn_popular"] = rows["itemknn"] + 1e-9 * rows["popularity"]
     shown = evidence_scores(ctx, samples, "tools")
     tools = shown[:, :-1]
     rows |= {f"tool:{name}": tools[:, i] for i, name in enumerate(ALL_TOOLS)}
@@ -231,7 +233,12 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
 
 def own_tools(folder: pathlib.Path) -> tuple[str, ...]:
     """The tools that a run trained with; all of them in a folder that is no run."""
-    return trained_tools(run_flags(folder))
+    try:
+        config = read_config(folder)
+    except ModelError:
+        return ALL_TOOLS
+    then = config.get("tools", ALL_TOOLS)  # without those that were written since
+    return tuple(name for name in trained_tools(config["args"]) if name in then)
 
 
 def run_flags(folder: pathlib.Path) -> dict:
@@ -477,7 +484,8 @@ def summarize(rows: Rows, samples: list[Sample], args) -> dict:
 
 def interval(x: dict[str, float]) -> str:
     """0.532 0.514–0.551, without the zeros."""
-    return f"{x['mean']:.3f} {x['lo']:.3f}–{x['hi']:.3f}".replace("0.", ".")
+    shown = f"{x['mean']:.3f} {x['lo']:.3f}–{x['hi']:.3f}"
+    return re.sub(r"\b0\.", ".", shown)
 
 
 def signed(x: dict[str, float]) -> str:
@@ -646,16 +654,16 @@ def parse_args() -> argparse.Namespace:
     add("out", type=pathlib.Path, metavar="RUN", help="run folder made by train.py")
     add("--split", choices=["valid", "test"], default="test", help="what to rank")
     add("--samples", type=int, help="of the split (0: all; default: as the run did)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the agents' sampling")
-    add("--temperature", type=float, default=0.0, help="of the agents (0: greedy)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of what the agents sample")
+    add("--temperature", type=float, default=0.0, help="to sample agents (0: greedy)")
     add("--rows", nargs="+", help="print only these rows, e.g. frozen; no report")
-    add("--models", nargs="+", default=[], metavar="DIR", help="more runs, checkpoints")
+    add("--models", nargs="+", default=[], metavar="DIR", help="other runs, more rows")
     how = {"nargs": "+", "choices": list(STRATEGIES), "default": ["react"]}
     add("--agent", **how, help="also the untrained model as these agents")
     add("--device", help="default: the run's")
     text = "requests at once (default: a rollout's rows); kept rows keep their times"
     add("--slots", type=int, help=text)
-    add("--probes", type=int, nargs="?", const=300, help="on so many samples (300)")
+    add("--probes", type=int, nargs="?", const=300, help="run them, on so many samples")
     add("--plot", nargs="?", const="", metavar="DIR", help="figures (RUN/plots)")
     text = "print N trajectories (of the final agent, or of --rows NAME) and stop"
     add("--show", type=int, metavar="N", help=text)

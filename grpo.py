@@ -1,14 +1,13 @@
-"""Stage 1, list-wise GRPO: reward, group-normalised advantages and the policy-gradient update (Eq. 1, Eq. 6, Prop. 1).
+"""Stage 1, list-wise GRPO: reward, group-relative advantages and the policy-gradient update (Eq. 1, Eq. 6, Prop. 1).
 
 For each of P prompts the policy samples G trajectories; R_g is the reward of trajectory g and b the mean of the group's
 rewards, R_g's own included. The gradient estimate is  1/G sum_g (R_g - b) grad log pi(tau_g), where log pi sums the
 log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G times the true gradient (Prop. 1).
 
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
-reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
---greedy-answer an answer's tokens are not drawn at random and have no policy gradient, so that nothing holds them to
-their form while all else moves: where some of a group (not dropped) answer in the right form, they get the advantage of
-doing so.
+reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero (their form is not taught); 3. with
+--greedy-answer an answer's tokens have no policy gradient; to keep their form, they get the advantage of having it
+where some answers of a group (not dropped) are well-formed and some are not.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
@@ -107,36 +106,37 @@ def policy_gradient(
     denominator = max(1, int((~dropped).sum())) * rewards.shape[1]
     metrics = {"zero_variance_groups": int(flat.sum())}
     metrics["dropped_groups"] = int(dropped.sum())
-    telling = np.flatnonzero(~(flat | dropped))
-    if not len(telling):
+    informative = np.flatnonzero(~(flat | dropped))
+    if not len(informative):
         return metrics | {"kl_sampler_trainer": None, "entropy": None, "loss": 0.0}
-    own = my_share([sum(len(t.ids) for t in groups[p]) for p in telling])
-    rows, weights, old, drawn = [], [], [], []
-    for p in telling[own]:
+    own = my_share([sum(len(t.ids) for t in groups[p]) for p in informative])
+    rows, weights, old_logprobs, is_sampled = [], [], [], []
+    for p in informative[own]:
         formed = np.array([[t.answer is not None for t in groups[p]]], float)
         form = group_advantages(formed, objective.baseline)[0] * objective.teach_form
         for t, advantage, form_advantage in zip(groups[p], advantages[p], form):
-            chance, action = np.array([t.chance_mask, t.action_mask], bool)
-            greedy = action & ~chance
-            n_chance, n_greedy = 1, 1
+            sampled, action = np.array([t.sampled_mask, t.action_mask], bool)
+            greedy = action & ~sampled
+            n_sampled, n_greedy = 1, 1
             if objective.token_mean:
-                n_chance, n_greedy = max(1, chance.sum()), max(1, greedy.sum())
-            gain = np.where(chance, advantage / n_chance, form_advantage / n_greedy)
-            kept = action if form_advantage else chance
+                n_sampled, n_greedy = max(1, sampled.sum()), max(1, greedy.sum())
+            gain = np.where(sampled, advantage / n_sampled, form_advantage / n_greedy)
+            kept = action if form_advantage else sampled
             rows.append(TrainRow(int(p), t.ids, kept.astype(int).tolist()))
             weights += gain[kept].tolist()
-            old += np.array(t.logprobs)[kept].tolist()
-            drawn += chance[kept].tolist()
+            old_logprobs += np.array(t.logprobs)[kept].tolist()
+            is_sampled += sampled[kept].tolist()
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
     # Eq. 6: minus the gradient estimate, as the optimizer descends
     logprobs, entropies = accumulate(policy, prompts, rows, weights, denominator, **how)
-    gap = logprobs - torch.tensor(old)
+    log_ratio = logprobs - torch.tensor(old_logprobs)
+    kl = (log_ratio.exp() - 1 - log_ratio).sum()
     loss = -(torch.tensor(weights) * logprobs).sum() / denominator
-    entropy = (torch.tensor(drawn) * entropies).sum()
-    sums = [len(gap), sum(drawn), (gap.exp() - 1 - gap).sum(), entropy, loss]
-    n, n_drawn, kl, entropy, loss = over_ranks([float(x) for x in sums])
-    found = {"kl_sampler_trainer": kl / n, "entropy": entropy / n_drawn, "loss": loss}
+    entropy = (torch.tensor(is_sampled) * entropies).sum()
+    sums = [len(log_ratio), sum(is_sampled), kl, entropy, loss]
+    n, n_sampled, kl, entropy, loss = over_ranks([float(x) for x in sums])
+    found = {"kl_sampler_trainer": kl / n, "entropy": entropy / n_sampled, "loss": loss}
     return metrics | found
 
 
@@ -159,7 +159,7 @@ def accumulate(
 
     `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all ranks must
     make equally many (and prompts go along with every part of their rows): a rank with less to do scores a spare token
-    of weight 0.
+    of weight 0. It does so without sharding too, since train.update adds up `.grad`, which every rank then has.
     """
     rows = [up_to_last_action(row) for row in rows]
     batches = list(micro_batches(prompts, rows, micro_tokens))

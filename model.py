@@ -288,7 +288,7 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32") -> Polic
             return Policy(model, tokenizer, place, getattr(torch, dtype))
     except Exception as e:  # a damaged folder makes transformers raise anything
         why = next(iter(str(e).splitlines()), type(e).__name__)
-        if not (folder.is_dir() or isinstance(e, torch.OutOfMemoryError)):
+        if isinstance(e, OSError) and not folder.is_dir():
             why += "; no such folder, and no hub id in reach"
         raise ModelError(f"{path}: cannot be loaded: {why}") from e
     raise ModelError(f"{path}: {fault}")
@@ -308,9 +308,26 @@ def what_is_wrong(model: nn.Module, tokenizer, missing) -> str | None:
         return f"{' and '.join(told) or 'the architecture'} of {kind} is not supported"
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         return "some weights are not finite; the checkpoint is damaged"
+    if drops_system(tokenizer):
+        return "its chat template leaves the system prompt out silently; set another"
     if not plain_head(model):
         return f"{kind} does more to its logits than lm_head; that is not supported"
+    if not attends_alike(model, tokenizer):
+        return f"{kind} does not attend as our engine does; that is not supported"
     return None
+
+
+def drops_system(tokenizer) -> bool:
+    """Whether a system turn vanishes from the prompt without an error, as the tiny agent's template means it to."""
+    turns = {"system": "SYSTEM", "user": "USER"}
+    chat = [{"role": role, "content": text} for role, text in turns.items()]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as e:  # no system role: rollout.build_prompt gives it to the user
+        if "role" not in str(e).lower():
+            raise
+        return False
+    return "SYSTEM" not in text and tokenizer.chat_template != TINY_TEMPLATE
 
 
 @torch.no_grad()
@@ -319,6 +336,25 @@ def plain_head(model: nn.Module) -> bool:
     ids = torch.tensor([[0, 1, 2]], device=model.device)
     ours = model.lm_head(model.model(ids).last_hidden_state)
     return torch.allclose(model(ids).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def attends_alike(model: nn.Module, tokenizer) -> bool:
+    """Whether a row behind a shared prompt gets the model's own log-probabilities.
+
+    Not where layers are recurrent (LFM2, Qwen3.5), attend in a way of their own (DeepSeek-V3, GPT-OSS) or do not pass
+    `past` on (StableLM).
+    """
+    prompts, ids = [[2, 2, 2], [0, 1, 2, 1]], [2, 0, 1]
+    whole = torch.tensor([prompts[1] + ids], device=model.device)
+    own = model(whole).logits[0, 3:-1].float().log_softmax(-1)[range(3), ids]
+    rows = [TrainRow(0, [1, 1], [1, 1]), TrainRow(1, ids, [1, 1, 1])]
+    try:
+        policy = Policy(model, tokenizer, model.device)
+        ours, _ = token_logprobs(policy, prompts, rows)
+    except (IndexError, RuntimeError):
+        return False
+    return torch.allclose(ours[2:].float(), own, atol=1e-2)
 
 
 def separate_letters(policy: Policy, seed: int) -> None:

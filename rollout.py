@@ -66,7 +66,7 @@ class Trajectory:
     task: Task
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
-    action_mask: list[int] = field(default_factory=list)  # 1: sampled by the policy
+    action_mask: list[int] = field(default_factory=list)  # 1: written by the policy
     logprobs: list[float] = field(default_factory=list)  # when sampled, else 0
     greedy: set[int] = field(default_factory=set)  # places of tokens without a draw
     ending: int = 0  # tokens of a demonstration's answer
@@ -79,7 +79,7 @@ class Trajectory:
     tool_seconds: float = 0.0  # spent in the tools, for eval.py
 
     @property
-    def chance_mask(self) -> list[int]:
+    def sampled_mask(self) -> list[int]:
         """1 for actions drawn at random: a token that is always the likeliest has no policy gradient."""
         return [m * (i not in self.greedy) for i, m in enumerate(self.action_mask)]
 
@@ -248,7 +248,7 @@ def act(ctx: Context, trajectory: Trajectory, turn: str, tools: tuple[str, ...])
 # ---------------------------------------------------------------------------------------------------------- strategies
 #
 # A strategy reads a turn that ended with a stop tag and returns what the environment writes next, or None once it has
-# set why the trajectory ends. All but `react` are prompted, not trained (PAPER.md, the training-free agents).
+# set why the trajectory ends. All but `react` are prompted, not trained (the paper's training-free agents).
 
 MAX_REFLECTIONS = 3
 RANKERS = ("get_similar_items", "get_similar_users")  # other tools are filters
@@ -361,6 +361,7 @@ class Row:
     trajectory: Trajectory
     pending: list[int]  # tokens not yet fed to the model; decoding needs exactly one
     uniform: np.ndarray  # one number in [0, 1) a sampled token
+    opening: str = ""  # "<think>" if the chat template has written it
     tail: str = ""  # the last characters of this turn, to look for stop tags in
     turn_start: int = 0  # where this turn's ids begin
     attempts: int = 0  # calls asked for, malformed ones included
@@ -438,7 +439,10 @@ class Rollout:
         check_context(policy, len(prompt), new)
         seeds = [[*self.seed, *task.key, g] for g in range(self.group_size)]
         drawn = [np.random.default_rng(seed).random(new) for seed in seeds]
-        return [Row(Trajectory(task, prompt), prompt[-1:], x) for x in drawn]
+        # some chat templates open the first thought themselves
+        opened = policy.decode(prompt[-16:]).rstrip().endswith("<think>")
+        opening = "<think>" if opened else ""
+        return [Row(Trajectory(task, prompt), prompt[-1:], x, opening) for x in drawn]
 
     def decode(self, ready: list[int]) -> None:
         """Sample one token for each row in `ready`."""
@@ -480,6 +484,7 @@ class Rollout:
             t.end = "budget"
             return
         turn = self.policy.decode(t.ids[row.turn_start :])
+        turn = turn if row.turn_start else row.opening + turn
         text = STRATEGIES[self.strategy](self.ctx, row, stop, turn, self.tools, self.k)
         if text is None:
             return
@@ -506,12 +511,13 @@ def rollout(
 
 def check_context(policy: Policy, prompt: int, new: int) -> None:
     """ModelError if prompt + new tokens exceed the model's context window."""
-    window = getattr(policy.model.config, "max_position_embeddings", None)
-    window = min(w for w in (window, policy.window, 10**9) if w)
+    context = getattr(policy.model.config, "max_position_embeddings", None) or 10**9
+    window = min(context, policy.window or context)
     if prompt + new > window:
+        kind = "context" if window == context else "sliding attention window"
         raise ModelError(
             f"a prompt of {prompt} tokens and --max-new-tokens {new} exceed the model's "
-            f"context of {window} by {prompt + new - window}"
+            f"{kind} of {window} by {prompt + new - window}"
         )
 
 

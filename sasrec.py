@@ -19,6 +19,8 @@ from data import Dataset
 
 MAX_LEN = 32
 MAX_SOFTMAX = 20_000  # more items than this and the loss samples that many
+EPOCHS = 10, 20, 40  # of the baseline, tried in turn while the validation split gains
+MAX_VALID = 5000  # validation samples for that
 
 
 class Block(nn.Module):
@@ -97,9 +99,11 @@ class SASRec(nn.Module):
         return out
 
     @torch.no_grad()
-    def scores(self, states: torch.Tensor) -> torch.Tensor:
-        """[n, C] states to [n, items] scores of every item as the next one."""
-        return states @ self.items.weight[1:].T
+    def scores(self, states: torch.Tensor, items=None) -> torch.Tensor:
+        """[n, C] states to [n, items] scores of every item as the next one, or of [n, k] given ones."""
+        if items is None:
+            return states @ self.items.weight[1:].T
+        return torch.einsum("nc,nkc->nk", states, self.items.weight[items + 1])
 
 
 def pad(sequences: list[np.ndarray], limit: int = MAX_LEN) -> torch.Tensor:
@@ -113,10 +117,13 @@ def pad(sequences: list[np.ndarray], limit: int = MAX_LEN) -> torch.Tensor:
 
 
 def train_sasrec(ds: Dataset, end: int, seed=0, epochs=None, progress=None) -> SASRec:
-    """Fit SASRec on interactions before time `end` (ms), by default for fewer epochs if data is sparse; `progress` names a bar."""
+    """Fit SASRec on interactions before time `end` (ms); `progress` names a bar.
+
+    The default number of epochs is the tools', which are part of the world that the agent learns in.
+    """
     histories = [ds.before(user, end) for user in range(len(ds.users))]
     sequences = [ds.item[h[-MAX_LEN - 1 :]] for h in histories if len(h) > 1]
-    if epochs is None:  # 20 is best on the bundled world; sparse data overfits sooner
+    if epochs is None:
         epochs = 20 if len(sequences) * 8 > len(ds.items) else 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -137,6 +144,30 @@ def train_sasrec(ds: Dataset, end: int, seed=0, epochs=None, progress=None) -> S
     return model.eval()
 
 
+def fit_baseline(ds: Dataset, progress=None) -> SASRec:
+    """SASRec fitted before `ds.train_end` for as many of EPOCHS as rank the validation split best."""
+    best, found = None, -1.0
+    for epochs in EPOCHS:
+        title = progress and f"{progress}, {epochs} epochs"
+        model = train_sasrec(ds, ds.train_end, epochs=epochs, progress=title)
+        score = mean_ndcg(model, ds, ds.splits["valid"][:MAX_VALID])
+        if score <= found:
+            break
+        best, found = model, score
+    return best
+
+
+def mean_ndcg(model: SASRec, ds: Dataset, samples) -> float:
+    """Mean of 1/log2(1 + rank of the positive) over the samples, by whole histories; 0 without samples."""
+    if not len(samples):
+        return 0.0
+    states = model.states([ds.item[ds.before(s.user, s.time)] for s in samples])
+    candidates = torch.tensor([s.candidates for s in samples])
+    scores = model.scores(states, candidates)
+    own = scores.gather(1, torch.tensor([[s.target] for s in samples]))
+    return float((1 / torch.log2(1 + (scores >= own).sum(1))).mean())
+
+
 def next_item_loss(model: SASRec, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of each next item of [B, T] ids, over the catalogue or a sample of it."""
     states, targets = model(ids[:, :-1]), ids[:, 1:]
@@ -144,9 +175,12 @@ def next_item_loss(model: SASRec, ids: torch.Tensor) -> torch.Tensor:
     table = model.items.weight
     if len(table) - 1 <= MAX_SOFTMAX:
         return F.cross_entropy(states @ table[1:].T, targets - 1)
-    drawn = torch.randint(1, len(table), (MAX_SOFTMAX,))
-    used = torch.unique(torch.cat([targets, drawn]))  # sorted, each item once
-    return F.cross_entropy(states @ table[used].T, torch.searchsorted(used, targets))
+    # others' targets are no negatives: popular items would be that far more often
+    drawn = torch.unique(torch.randint(1, len(table), (MAX_SOFTMAX,)))
+    own = (states * table[targets]).sum(1, keepdim=True)
+    others = states @ table[drawn].T
+    others = others.masked_fill(drawn == targets[:, None], -torch.inf)
+    return F.cross_entropy(torch.cat([own, others], 1), torch.zeros_like(targets))
 
 
 def save_sasrec(model: SASRec, path) -> None:

@@ -106,11 +106,13 @@ class Context:
     def __post_init__(self):
         ds = self.ds
         kinds = [i.category or i.store or "" for i in ds.items]
+        # of objects: an array of text is as wide as its longest entry
+        kinds = np.array(kinds, object)
         self.kind_names, self.kind = np.unique(kinds, return_inverse=True)
         self.kind_known = self.kind_names != ""  # items without a category share none
         self.kind_titles = [inert(name, 24) or "unknown" for name in self.kind_names]
         brands = [i.store or "" for i in ds.items]
-        self.brand = np.unique(brands, return_inverse=True)[1]
+        self.brand = np.unique(np.array(brands, object), return_inverse=True)[1]
         self.log_price = np.log([i.price or np.nan for i in ds.items])
         # as the agent sees them
         self.titles = [inert(i.title, self.title_limit) for i in ds.items]

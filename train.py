@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ from rollout import (
     rollout,
     trained_tools,
 )
-from sasrec import load_sasrec, save_sasrec, train_sasrec
+from sasrec import fit_baseline, load_sasrec, save_sasrec, train_sasrec
 from tools import PROFILES, Context, read_profiles
 
 try:
@@ -143,8 +144,6 @@ def grpo_step(run: Run, stage: str, step: int) -> tuple[dict, list]:
     seed = (args.seed, STAGE_SEED[stage], step)
     G = args.group_size
     groups = sample_groups(run, tasks, seed, args.slots, G)  # P lists of G
-    for t in (t for group in groups for t in group):
-        t.reward = float(reward(run.ctx, t, args.k, args.bonus))  # Eq. 1, or of a pair
     rolled = time.perf_counter()
     metrics = {"stage": stage, "step": step + 1} | rollout_metrics(groups)
     metrics |= backward(run, groups)  # advantages and gradient, Eq. 6
@@ -169,7 +168,9 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     if stage == "ppr":
         pool = run.pairs
         n_pairs = max(1, round(args.batch * (1 - args.list_share) / len(directions)))
-        n_lists = max(0, args.batch - len(directions) * n_pairs)
+        n_lists = (
+            max(0, args.batch - len(directions) * n_pairs) if args.list_share else 0
+        )
     size = min(len(pool), n_pairs + n_lists)
     epoch, at = divmod(step, len(pool) // size)
     seed = [args.seed, STAGE_SEED[stage], epoch]
@@ -181,14 +182,16 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     rng = np.random.default_rng([*seed, step])
     lists = [Task(samples[pair.sample]) for pair in chosen[n_pairs:]]
     asked = pair_tasks(chosen[:n_pairs], samples, rng, directions)
-    more = rng.permutation(len(train))[: n_lists - len(lists)]
-    return asked + lists + [Task(train[i]) for i in more]
+    known = {task.sample.id for task in lists}
+    others = (train[i] for i in rng.permutation(len(train)))
+    others = (Task(sample) for sample in others if sample.id not in known)
+    return asked + lists + list(islice(others, n_lists - len(lists)))
 
 
 def sample_groups(
     run: Run, tasks: list[Task], seed: tuple, slots: int, group_size: int, progress=None
 ) -> list[list[Trajectory]]:
-    """`group_size` trajectories of each task; each rank samples its share, all get all."""
+    """`group_size` trajectories of each task with their rewards; each rank samples its share, all get all."""
     args, (rank, n) = run.args, ranks()
     with gathered(run) as policy:
         groups = rollout(
@@ -197,6 +200,8 @@ def sample_groups(
             max_new_tokens=args.max_new_tokens, seed=seed, tools=trained_tools(vars(args)),
             progress=progress,
         )  # fmt: skip
+    for t in (t for group in groups for t in group):
+        t.reward = float(reward(run.ctx, t, args.k, args.bonus))  # Eq. 1, or of a pair
     groups = gather_list(groups)
     return [groups[i % n][i // n] for i in range(len(tasks))]
 
@@ -537,9 +542,10 @@ def put(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
         write(new)
     except Exception as e:  # torch, safetensors and tokenizers have kinds of their own
         remove(new)
+        why = next(iter(str(e).splitlines()), type(e).__name__)
         raise ModelError(
-            f"{path}: cannot be written ({str(e).splitlines()[0]}); what was saved before is intact: "
-            f"make room, then: python train.py --resume {path.parent}"
+            f"{path}: cannot be written ({why}); what was saved before is intact: "
+            f"mend that (a full disk?), then: python train.py --resume {path.parent}"
         ) from e
     if path.is_dir():
         remove(old)
@@ -750,15 +756,15 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("model", str, MODELS, "Hugging Face folder or hub id"),
     ("out", str, None, "run folder (default runs/DATASET-SEED)"),
     ("overwrite", bool, False, "replace an existing run folder"),
-    ("resume", str, None, "continue this run folder with its own flags (others: --slots, --micro-tokens, --grad-checkpoint)"),
+    ("resume", str, None, "continue this run folder; only --slots, --micro-tokens and --grad-checkpoint can change"),
     "training",
     ("steps", int, (50, None), "steps of stage 1"),
-    ("epochs", float, (None, 3), "of stage 1, if --steps is not given"),
+    ("epochs", float, (None, 3), "epochs of stage 1, if --steps is not given"),
     ("ppr-steps", int, (12, None), "steps of stage 2"),
-    ("ppr-epochs", float, (None, 1), "of stage 2, if --ppr-steps is not given"),
+    ("ppr-epochs", float, (None, 1), "epochs of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 4500)"),
-    ("exercise-steps", int, (0, 0), "of them are exercises only (a new agent: a sixth)"),
-    ("ask-again", float, 0.0, "share of demonstrations that ask some tools again"),
+    ("exercise-steps", int, (0, 0), "how many of --warmup-steps are exercises only (a new agent: a sixth)"),
+    ("ask-again", float, 0.0, "share of demonstrations that ask each of their tools again with a chance of 1/2"),
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
     ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
     ("layers", int, 4, "layers of a new agent"),
@@ -767,11 +773,11 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
     ("batch", int, (12, 64), "prompts a step"),
     ("group-size", int, (8, 8), "trajectories a prompt, G"),
-    ("temperature", float, (0.6, 0.6), "of sampling"),
-    ("greedy-answer", bool, (True, False), "sample all but the answer's tokens"),
-    ("teach-form", bool, True, "greedy answers learn from the invalid ones"),
-    ("max-new-tokens", int, (800, 6144), "of a trajectory with its observations"),
-    ("mine-samples", int, (320, None), "samples to mine hard pairs from"),
+    ("temperature", float, (0.6, 0.6), "sampling temperature in training"),
+    ("greedy-answer", bool, (True, False), "sample thoughts and calls, write the likeliest answer"),
+    ("teach-form", bool, True, "greedy answers learn their form where some of a group are malformed"),
+    ("max-new-tokens", int, (800, 6144), "longest trajectory in tokens, observations included"),
+    ("mine-samples", int, (320, None), "training samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to this many characters"),
     ("k", int, 10, "length of the ranking, K; the bundled agent needs a warm-up for another"),
     ("bonus", float, BONUS, "extra reward for rank 1 after a tool call"),
@@ -783,7 +789,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("keep-negative-groups", bool, False, "no dynamic sampling"),
     ("random-negatives", bool, False, "stage 2 on random instead of hard pairs"),
     ("ppr-directions", tuple(DIRECTIONS), "both", "which questions stage 2 asks"),
-    ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2: reward, or Prop. 2"),
+    ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2 optimises the reward (grpo) or the bound of Prop. 2 (logistic)"),
     ("no-tools", bool, False, "train to reason without tools (row R)"),
     ("without-tool", ALL_TOOLS, [], "remove this tool; can be repeated"),
     ("profiles", ("template", "llm"), "template", "who writes the user profiles (llm: a chat model)"),
@@ -978,9 +984,10 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
         now = vars(args) | {"resumed": False}
         if now != config["args"]:  # flags of MEMORY, or newer than the run
             put_config(out, config | {"args": now})
-    for name, end in (("sasrec", ds.fit_end), ("sasrec_baseline", ds.train_end)):
+    tools_fit = partial(train_sasrec, end=ds.fit_end)
+    for name, fit in (("sasrec", tools_fit), ("sasrec_baseline", fit_baseline)):
         if not (out / f"{name}.safetensors").exists():
-            model = train_sasrec(ds, end, progress=f"training {name}")
+            model = fit(ds, progress=f"training {name}")
             put(out / f"{name}.safetensors", partial(save_sasrec, model))
     start = out / "start"  # kept: its tokenizer must not change on resuming
     if args.model == "new" and not start.exists():
@@ -1016,6 +1023,7 @@ def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> No
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     config = {
         "args": vars(args),
+        "tools": trained_tools(vars(args)),
         "versions": {"python": sys.version.split()[0]} | versions,
         "commit": commit.strip() or None,
         "dataset": ds.describe(),

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import data
+import sasrec
 import train
 from grpo import ranks
 
@@ -25,6 +26,7 @@ def shrink(setattr) -> None:
     setattr(data, "simulate_office", functools.partial(shop, 150))
     setattr(data, "HOME", pathlib.Path("/nowhere"))
     setattr(train, "train_sasrec", functools.partial(fit, epochs=1))
+    setattr(sasrec, "EPOCHS", (1,))
 
 
 def befall(fault: str, at: str = "", path: str = "") -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -332,13 +333,65 @@ def test_a_large_catalogues_loss_takes_each_item_once(monkeypatch):
     assert torch.allclose(sasrec.next_item_loss(model, ids), whole, atol=1e-6)
 
 
+def test_a_large_catalogues_loss_is_against_the_drawn_items_only(monkeypatch):
+    """One row's target is no negative of the others: popular items would be negatives far too often."""
+    torch.manual_seed(0)
+    model, ids = SASRec(30).eval(), torch.tensor([[1, 2, 3, 2]])
+    monkeypatch.setattr(sasrec, "MAX_SOFTMAX", 29)
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.tensor([2, 7]))
+    states, table = model(ids[:, :-1])[0], model.items.weight
+    scores = (states @ table.T).exp()  # 3 places, 31 items
+    wanted = [
+        scores[0, 2] / (scores[0, 2] + scores[0, 7]),
+        scores[1, 3] / (scores[1, 3] + scores[1, 2] + scores[1, 7]),
+        scores[2, 2] / (scores[2, 2] + scores[2, 7]),
+    ]
+    loss = -torch.stack(wanted).log().mean()
+    assert torch.allclose(sasrec.next_item_loss(model, ids), loss, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried", "taken"),
+    [((0.3, 0.5, 0.4), 3, 20), ((0.5, 0.4, 0.9), 2, 10), ((0.1, 0.2, 0.3), 3, 40)],
+)
+def test_the_baseline_is_fitted_as_long_as_validation_gains(world, monkeypatch, scores, tried, taken):  # fmt: skip
+    fits, score = [], dict(zip(sasrec.EPOCHS, scores))
+
+    def fit(ds, end, epochs, progress):
+        assert end == ds.train_end
+        fits.append(epochs)
+        return epochs
+
+    def of_validation(model, ds, samples):
+        assert samples[0].id == ds.splits["valid"][0].id
+        return score[model]
+
+    monkeypatch.setattr(sasrec, "train_sasrec", fit)
+    monkeypatch.setattr(sasrec, "mean_ndcg", of_validation)
+    assert sasrec.fit_baseline(world) == taken and len(fits) == tried
+
+
+def test_what_chooses_the_baselines_epochs_is_ndcg(world):
+    torch.manual_seed(0)
+    model, samples = SASRec(len(world.items)).eval(), world.splits["valid"]
+    past = [world.item[history(world, s, None)] for s in samples]
+    scores = model.scores(model.states(past)).numpy()
+    own = np.array([scores[i, list(s.candidates)] for i, s in enumerate(samples)])
+    found = sasrec.mean_ndcg(model, world, samples)
+    assert found == pytest.approx(ndcg(own, samples, k=20), abs=1e-6)
+    assert sasrec.mean_ndcg(model, world, samples[:0]) == 0
+
+
 def test_sasrec_beats_popularity_on_held_out_items(office):
     samples = office.splits["test"][:600]
     model = train_sasrec(office, office.train_end, epochs=10)
     past = [office.item[history(office, s, None)] for s in samples]
     candidates = np.array([s.candidates for s in samples])
-    everything = model.scores(model.states(past)).numpy()
-    scores = np.take_along_axis(everything, candidates, axis=1)
+    states = model.states(past)
+    scores = model.scores(states, torch.from_numpy(candidates)).numpy()
+    everything = model.scores(states).numpy()
+    whole = np.take_along_axis(everything, candidates, axis=1)
+    assert np.allclose(scores, whole, atol=1e-5)
     bought = office.item[office.time < office.train_end]
     counts = np.bincount(bought, minlength=len(office.items))[candidates]
     ours, popular = ndcg(scores, samples), ndcg(counts, samples)
@@ -674,6 +727,29 @@ def test_optional_fields_are_read_or_unknown(tmp_path):
     assert (bare.category, bare.store) == ("Office", None)
 
 
+def test_numbers_are_ids_and_blank_brands_are_none(tmp_path):
+    items = [
+        item(parent_asin=n, store=" \n ", categories=[" Pens "]) for n in range(40)
+    ]
+    rows = [GOOD_ROWS[0]] + [f"U{n % 2},{n % 8},5,{WHEN + n}" for n in range(16)]
+    ds = read_folder(write_dataset(tmp_path / "mine", items, rows), "mine")
+    assert ds.items[0].id == "0"
+    assert {(i.store, i.category) for i in ds.items} == {(None, "Pens")}
+    told = "50% of the interactions repeat an item of the same user"
+    assert len(ds.notes) == 1 and ds.notes[0].startswith(told)
+
+
+def test_one_long_brand_costs_no_memory(world):
+    """An array of text would be as wide as its longest entry for every item."""
+    items = [replace(i, store="x" * 10**6) for i in world.items[:1]]
+    ds = replace(world, items=items + world.items[1:])
+    tracemalloc.start()
+    Context(ds, SASRec(len(ds.items)).eval())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
 def test_equal_times_of_a_user_keep_the_files_order_1_ms_apart(tmp_path):
     rows = [GOOD_ROWS[0]] + [f"U{n % 2},B{n:02d},5,{WHEN + (n > 5)}" for n in range(8)]
     ds = read_folder(write_dataset(tmp_path / "mine", rows=rows), "mine")
@@ -698,6 +774,8 @@ def test_names_and_broken_folders_never_fall_back_to_the_simulation(tmp_path, mo
         load_dataset("office")
     write_dataset(places / "office")
     assert load_dataset("office").describe().startswith("dataset office: real")
+    with pytest.raises(DatasetError, match="office-sim is the bundled shop"):
+        load_dataset("office-sim", str(places))
     write_dataset(places / "office-sim")
     monkeypatch.setattr(data, "simulate_office", lambda: read_folder(places, "bundled"))
     assert load_dataset("office-sim").name == "bundled"
@@ -999,6 +1077,11 @@ def test_damaged_raw_files_are_named(mirror, tmp_path):
         assert text.startswith(f"{metadata}: damaged or cut short (") and text.endswith(fetch_again)  # fmt: skip
     metadata.write_bytes(b"<html>log in first</html>")
     assert refused(mirror, tmp_path) == f"{metadata}: damaged or cut short (Not a gzipped file (b'<h')){fetch_again}"  # fmt: skip
+    metadata.unlink()
+    metadata.mkdir()
+    assert refused(mirror, tmp_path) == f"{metadata}: cannot be read (Is a directory){fetch_again}"  # fmt: skip
+    metadata.rmdir()
+    metadata.write_bytes(whole)
     ratings.write_bytes(gzip.compress(b"user_id,rating\n"))
     assert refused(mirror, tmp_path) == f"{ratings}:1: header is 'user_id,rating'; it must be user_id,parent_asin,rating,timestamp"  # fmt: skip
     ratings.write_bytes(gzip.compress(f"{GOOD_ROWS[0]}\nU0,B00,5.0,1664582400\n".encode()))  # fmt: skip

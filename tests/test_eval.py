@@ -407,16 +407,17 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *flags])
     ev.main()
     result = json.loads((tmp_path / "eval.json").read_text())
-    names = ["random", "popularity", "itemknn", "sasrec", "oracle"]
+    names = ["random", "popularity", "itemknn", "itemknn_popular", "sasrec", "oracle"]
     names += ["fusion", "subset_fusion", "learned_fusion", "titles", "titles_fusion"]
     names += ["frozen_r", "frozen", "plan_first"]
     assert set(names) <= set(result["rows"])
-    assert len(result["rows"]) == len(names) + len(ALL_TOOLS)
+    assert {f"tool:{name}" for name in ALL_TOOLS} <= set(result["rows"])
     assert (result["split"], result["n"], result["k"]) == ("test", 6, 10)
     frozen, knn = result["rows"]["frozen"], result["rows"]["itemknn"]
     assert frozen["hit@1"] == frozen["ndcg@1"] and "mrr" in frozen
     assert 0 < frozen["tool_ms"] < frozen["ms"] and frozen["tool_calls"] > 0
     assert -1 <= frozen["reward"] <= 1.1
+    assert result["rows"]["itemknn_popular"] != knn
     gap = result["paired"]["frozen-itemknn"]["ndcg@10"]["mean"]
     assert gap == pytest.approx(frozen["ndcg@10"]["mean"] - knn["ndcg@10"]["mean"])
     assert (
@@ -443,6 +444,17 @@ def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     assert drawn == [("valid", tmp_path / "plots-valid")]
     assert (tmp_path / "report.html").read_text() == page
     assert (tmp_path / "report-valid.html").read_text() != page
+
+
+def test_figures_lose_no_digit_but_the_leading_zero():
+    assert ev.interval({"mean": 0.5, "lo": -0.25, "hi": 10.5}) == ".500 -.250–10.500"
+
+
+def test_a_tool_written_since_is_no_tool_of_an_older_run(tmp_path):
+    config = {"args": {"without_tool": ["get_user_profile"]}}
+    config["tools"] = ["get_user_profile", "get_similar_items"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ev.own_tools(tmp_path) == ("get_similar_items",)
 
 
 def test_figures_are_drawn(tmp_path):

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as ev
 from model import ModelError, Policy, TrainRow, load_policy, save_policy, token_logprobs
-from rollout import STOPS, Task, build_prompt, check_context, rollout
+from rollout import STOPS, Rollout, Task, build_prompt, check_context, rollout
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 CHATML = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ START }}{% endif %}<|im_start|>{{ m['role'] }}
@@ -213,7 +213,7 @@ def test_a_window_that_slides_is_the_limit_and_soft_caps_are_refused(texts, tmp_
         for kind, more in kinds.items()
     )
     check_context(third, 400, 112)
-    with pytest.raises(ModelError, match="context of 512 by 1"):
+    with pytest.raises(ModelError, match="sliding attention window of 512 by 1"):
         check_context(third, 400, 113)
     save_policy(second, tmp_path)
     with pytest.raises(ModelError) as e:
@@ -236,6 +236,48 @@ def test_scaled_logits_are_refused(texts, tmp_path):
     make_tokenizer(FAMILIES["qwen2"], texts).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="granite does more to its logits"):
         load_policy(str(tmp_path))
+
+
+LFM2 = {"layer_types": ["conv", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("DiffLlama", {}), ("Lfm2", LFM2), ("StableLm", {})]
+)
+def test_layers_that_do_not_attend_as_ours_are_refused(kind, more, texts, tmp_path):
+    """Without the check the first samples wrong text silently, the others fail in the first rollout."""
+    tokenizer = make_tokenizer(FAMILIES["qwen2"], texts)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, kind + "Config")
+    torch.manual_seed(1)
+    config = config(**sizes, **heads, **more, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="does not attend as our engine does"):
+        load_policy(str(tmp_path))
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused(policy, tmp_path):
+    """The bundled agent's does so on purpose; any other model would never hear of its tools."""
+    save_policy(policy, tmp_path)
+    assert load_policy(str(tmp_path))
+    policy.tokenizer.chat_template += " "
+    save_policy(policy, tmp_path)
+    with pytest.raises(ModelError, match="leaves the system prompt out silently"):
+        load_policy(str(tmp_path))
+
+
+def test_a_template_may_open_the_first_thought(ctx, policy):
+    """Qwen3's thinking models: the tag is in the prompt, and what stands in the thought is neither call nor answer."""
+    policy.tokenizer.chat_template += "<think>"
+    task, k = Task(ctx.ds.splits["train"][0]), 3
+    rollouts = Rollout(policy, ctx, [task], group_size=1, k=k)
+    (row,) = rollouts.begin(task)
+    turn = "I can write <tool_call> or <answer> now.</think><answer>\\boxed{[4,20,6]}</answer>"
+    row.trajectory.ids = policy.encode(turn)
+    rollouts.respond(row, "</answer>")
+    assert (row.trajectory.end, row.trajectory.answer) == ("answer", [4, 20, 6])
 
 
 def test_an_unknown_architecture_is_refused_in_one_line(texts, tmp_path):

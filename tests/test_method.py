@@ -90,7 +90,7 @@ def test_one_malformed_call_or_unknown_tool_spoils_a_perfect_answer(ctx, bad):
 
 
 @pytest.mark.parametrize(
-    ("name", "k", "value_at", "chance"),  # chance: of random guessing, as in PAPER.md
+    ("name", "k", "value_at", "chance"),  # chance: of random guessing
     [
         ("hit@1", 10, {1: 1, 2: 0, None: 0}, 0.05), ("hit@5", 10, {1: 1, 5: 1, 6: 0}, 0.25),
         ("hit@10", 10, {10: 1, 11: 0, None: 0}, 0.5), ("hit@10", 5, {5: 1, 6: 0}, 0.25),

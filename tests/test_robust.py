@@ -113,6 +113,14 @@ def test_a_checkpoint_is_complete_whenever_it_is_killed_twice_over(monkeypatch, 
     assert os.listdir(tmp_path / "x") == ["last"], "nothing is left lying about"
 
 
+def test_a_failure_without_a_message_is_told_by_its_kind(tmp_path):
+    def fail(new):
+        raise MemoryError
+
+    with pytest.raises(ModelError, match=r"cannot be written \(MemoryError\); what"):
+        train.put(tmp_path / "last", fail)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "text", "policy"])
 def test_a_full_disk_leaves_the_old_file_and_says_so_in_one_line(kind, tmp_path, policy):  # fmt: skip
     big = {"x": torch.arange(200_000.0)}

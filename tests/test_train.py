@@ -256,6 +256,26 @@ def test_bfloat16_is_for_machines_that_multiply_it(monkeypatch):
         supported.assert_called_with(including_emulation=False)
 
 
+def test_no_rankings_are_asked_for_without_a_share(world, tmp_path):
+    args = train.parse_args(["--batch", "5", "--list-share", "0"])
+    run = train.Run(args, tmp_path, world, None, None)
+    samples = world.splits["train"][:9]
+    run.pairs = [train.HardPair(s.id, s.target + 1, 3, 3) for s in samples]
+    assert all(task.pair for task in train.stage_tasks(run, "ppr", 0))
+
+
+def test_no_ranking_is_asked_for_twice_in_a_step(world, tmp_path):
+    """Equal tasks have equal seeds: their groups would be the same trajectories."""
+    args = train.parse_args(["--batch", "24"])
+    run = train.Run(args, tmp_path, world, None, None)
+    samples = world.splits["train"][:9]
+    run.pairs = [train.HardPair(s.id, s.target + 1, 3, 3) for s in samples]
+    for step in range(40):
+        tasks = train.stage_tasks(run, "ppr", step)
+        keys = [task.key for task in tasks]
+        assert len(keys) == len(set(keys)) == 24
+
+
 @pytest.mark.parametrize("n_pairs", [1, 4, 7, 30])
 def test_rankings_keep_their_share_where_pairs_are_few(world, n_pairs, tmp_path):
     args = train.parse_args([])
