@@ -256,6 +256,22 @@ def test_bfloat16_is_for_machines_that_multiply_it(monkeypatch):
         supported.assert_called_with(including_emulation=False)
 
 
+def test_a_rank_rewards_what_it_sampled_before_all_get_it(world, ctx, policy, monkeypatch, tmp_path):  # fmt: skip
+    """A reward that is not the same twice (a judge) would give each rank a gradient of its own."""
+    args = train.parse_args(["--max-new-tokens", "8"])
+    run, seen = train.Run(args, tmp_path, world, ctx, policy), []
+
+    def gather(own):
+        seen.extend(t.reward for group in own for t in group)
+        return [own]
+
+    monkeypatch.setattr(train, "reward", lambda ctx, t, k, bonus: 7)
+    monkeypatch.setattr(train, "gather_list", gather)
+    tasks = [train.Task(s) for s in world.splits["train"][:2]]
+    train.sample_groups(run, tasks, (0,), 2, 3)
+    assert seen == [7.0] * 6
+
+
 def test_no_rankings_are_asked_for_without_a_share(world, tmp_path):
     args = train.parse_args(["--batch", "5", "--list-share", "0"])
     run = train.Run(args, tmp_path, world, None, None)
