@@ -5,9 +5,9 @@ rewards, R_g's own included. The gradient estimate is  1/G sum_g (R_g - b) grad 
 log-probabilities of the tokens the policy wrote. Its expectation is (G - 1)/G times the true gradient (Prop. 1).
 
 Deviations: 1. on-policy with one update a batch, so there is neither ratio nor clipping; KL is not penalised (the paper
-reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero (their form is not taught); 3. with
+reports no settings); 2. groups whose rewards are all equal are skipped since their gradient is exactly zero; 3. with
 --greedy-answer an answer's tokens have no policy gradient; to keep their form, they get the advantage of having it
-where some answers of a group (not dropped) are well-formed and some are not.
+where some answers of a group (neither dropped nor skipped) are well-formed and some are not.
 Variants behind flags: dividing by the group's standard deviation, leave-one-out baseline, mean over tokens.
 Under torchrun every rank knows all trajectories and computes the gradient of its share; train.py adds the shares up.
 """
