@@ -427,7 +427,7 @@ def test_help_tells_defaults_that_are_zero_too(capsys):
     told = " ".join(capsys.readouterr().out.split())
     for text in (
         "samples and SASRec stay the same (default: 0)",
-        "ask some tools again (default: 0.0)",
+        "again with a chance of 1/2 (default: 0.0)",
         "which stages to run (default: all)",
         "steps of stage 1 (tiny: 50)",
     ):
