@@ -544,6 +544,15 @@ def untie(rows: list[tuple]) -> list[tuple]:
     return sorted(out, key=itemgetter(3))
 
 
+def note_repeats(rows: list[tuple]) -> list[str]:
+    """A warning where users often buy the same item again: of all candidates only the positive can be in the history."""
+    share = 1 - len({(user, item) for user, item, *_ in rows}) / len(rows)
+    why = "as a positive it is in the history, where no negative can be"
+    what = "keep first purchases only, or expect rankings that look too good"
+    told = f"{share:.0%} of the interactions repeat an item of the same user"
+    return [f"{told}: {why}; {what}"] if share > 0.05 else []
+
+
 def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     """Read `items.jsonl` (parent_asin, title and where known store, main_category, categories, price,
     average_rating, rating_number) and `interactions.csv` (user_id,parent_asin,rating,timestamp in ms)."""
@@ -559,15 +568,7 @@ def read_folder(folder: pathlib.Path, name: str) -> Dataset:
     columns = [np.array(c) for c in zip(*rows)]
     skipped = f"{len(again)} duplicate rows skipped, this one first"
     notes = [f"{where}: {skipped}" for where in again[:1]]
-    pairs = {(user, item) for user, item, *_ in rows}
-    if len(pairs) < 0.95 * len(rows):
-        repeated = (
-            f"{1 - len(pairs) / len(rows):.0%} of the interactions repeat an item"
-        )
-        notes.append(
-            f"{repeated} of the same user: as a positive it is in the history, where no negative can be; "
-            "keep first purchases only, or expect rankings that look too good"
-        )
+    notes += note_repeats(rows)
     return Dataset(name, list(catalogue.values()), list(users), *columns, notes=notes)
 
 

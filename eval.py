@@ -1,4 +1,4 @@
-"""Metrics with confidence intervals, baselines, probes and the report; the README's curves and bars.
+"""Metrics with confidence intervals, baselines, probes and the report: what the README's Results show.
 
     python eval.py runs/NAME                      # all rows on the test split -> table, eval.json, report.html
     python eval.py runs/NAME --seeds 0 1 2 --temperature 0.6    # agents sampled three times, averaged
@@ -233,25 +233,22 @@ def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> d
 
 def own_tools(folder: pathlib.Path) -> tuple[str, ...]:
     """The tools that a run trained with; all of them in a folder that is no run."""
-    try:
-        config = read_config(folder)
-    except ModelError:
-        return ALL_TOOLS
+    config = run_config(folder)
     then = config.get("tools", ALL_TOOLS)  # without those that were written since
     return tuple(name for name in trained_tools(config["args"]) if name in then)
 
 
-def run_flags(folder: pathlib.Path) -> dict:
-    """The flags that a run was started with; none for a folder that is no run."""
+def run_config(folder: pathlib.Path) -> dict:
+    """A run's config.json; one without flags for a folder that is no run."""
     try:
-        return read_config(folder)["args"]
+        return read_config(folder)
     except ModelError:
-        return {}
+        return {"args": {}}
 
 
 def note_differences(flags: dict, folder: pathlib.Path) -> None:
     """Print where another run, if it is one, was trained with other settings than it is evaluated with here."""
-    other = run_flags(folder)
+    other = run_config(folder)["args"]
     names = "dataset k title_chars max_new_tokens greedy_answer profiles"
     for name in names.split():
         here, there = flags.get(name), other.get(name)

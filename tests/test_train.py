@@ -256,6 +256,27 @@ def test_bfloat16_is_for_machines_that_multiply_it(monkeypatch):
         supported.assert_called_with(including_emulation=False)
 
 
+def test_the_tools_sasrec_is_fitted_on_less_than_the_baseline(world, monkeypatch, tmp_path):  # fmt: skip
+    fits = []
+
+    def of_tools(ds, end, progress):
+        fits.append(("tools", end))
+
+    def of_baseline(ds, progress):
+        fits.append(("baseline", progress))
+
+    monkeypatch.setattr(train, "train_sasrec", of_tools)
+    monkeypatch.setattr(train, "fit_baseline", of_baseline)
+    monkeypatch.setattr(train, "save_sasrec", lambda model, path: path.touch())
+    args = train.parse_args(["--without-tool", "get_similar_items"])
+    args.resumed = False
+    train.prepare(args, tmp_path / "r", world)
+    progress = "training sasrec_baseline"
+    assert fits == [("tools", world.fit_end), ("baseline", progress)]
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert len(config["tools"]) == 6 and "get_similar_items" not in config["tools"]
+
+
 def test_a_rank_rewards_what_it_sampled_before_all_get_it(world, ctx, policy, monkeypatch, tmp_path):  # fmt: skip
     """A reward that is not the same twice (a judge) would give each rank a gradient of its own."""
     args = train.parse_args(["--max-new-tokens", "8"])
