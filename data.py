@@ -28,7 +28,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from operator import itemgetter
@@ -74,6 +74,17 @@ def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
             reason = f"{where}: cannot be read or written ({error.strerror})"
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """DatasetError that names `path`, whatever fails inside: each library has errors of its own for a damaged file."""
+    try:
+        yield
+    except Exception as e:
+        why = next(iter(str(e).splitlines()), type(e).__name__)
+        hint = "restore it, or start a new run"
+        raise DatasetError(f"{path}: cannot be read ({why}); {hint}") from e
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:

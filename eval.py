@@ -34,7 +34,7 @@ from transformers.utils.hub import cached_file
 from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_main
 from grpo import ndcg, rank_of_positive
 from model import ModelError, Policy, check_device, find_model, load_policy, read_config
-from ppr import HardPair, pair_tasks, reward
+from ppr import pair_tasks, read_pairs, reward
 from rollout import (
     ALL_TOOLS,
     STRATEGIES,
@@ -584,8 +584,8 @@ def write_report(path: pathlib.Path, make: Callable[[int], dict]) -> None:
 
 def ask_pairs(args, ctx: Context, agents: list[Agent]) -> dict[str, list[dict]]:
     """Both questions about some hard pairs, answered by the agents before and after stage 2."""
-    kept = read_jsonl(args.out / "hard_pairs.jsonl")[:KEPT_PAIRS]
-    pairs, train = [HardPair(**x) for x in kept], ctx.ds.splits["train"]
+    pairs = read_pairs(args.out / "hard_pairs.jsonl")[:KEPT_PAIRS]
+    train = ctx.ds.splits["train"]
     samples = {pair.sample: train.of(pair.sample) for pair in pairs}
     tasks = pair_tasks(pairs, samples, np.random.default_rng(0))
     names = {a.name for a in agents}

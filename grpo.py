@@ -114,18 +114,12 @@ def policy_gradient(
     for p in informative[own]:
         formed = np.array([[t.answer is not None for t in groups[p]]], float)
         form = group_advantages(formed, objective.baseline)[0] * objective.teach_form
-        for t, advantage, form_advantage in zip(groups[p], advantages[p], form):
-            sampled, action = np.array([t.sampled_mask, t.action_mask], bool)
-            greedy = action & ~sampled
-            n_sampled, n_greedy = 1, 1
-            if objective.token_mean:
-                n_sampled, n_greedy = max(1, sampled.sum()), max(1, greedy.sum())
-            gain = np.where(sampled, advantage / n_sampled, form_advantage / n_greedy)
-            kept = action if form_advantage else sampled
+        for t, *gains in zip(groups[p], advantages[p], form):
+            gain, kept = token_weights(t, *gains, objective.token_mean)
             rows.append(TrainRow(int(p), t.ids, kept.astype(int).tolist()))
             weights += gain[kept].tolist()
             old_logprobs += np.array(t.logprobs)[kept].tolist()
-            is_sampled += sampled[kept].tolist()
+            is_sampled += np.array(t.sampled_mask, bool)[kept].tolist()
     prompts = [g[0].prompt for g in groups]
     how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
     # Eq. 6: minus the gradient estimate, as the optimizer descends
@@ -138,6 +132,19 @@ def policy_gradient(
     n, n_sampled, kl, entropy, loss = over_ranks([float(x) for x in sums])
     found = {"kl_sampler_trainer": kl / n, "entropy": entropy / n_sampled, "loss": loss}
     return metrics | found
+
+
+def token_weights(
+    t: Trajectory, advantage: float, form_advantage: float, token_mean: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """[T] what multiplies each token's log-probability, and [T] which tokens have any: greedy ones only for their form."""
+    sampled, action = np.array([t.sampled_mask, t.action_mask], bool)
+    greedy = action & ~sampled
+    n_sampled, n_greedy = 1, 1
+    if token_mean:
+        n_sampled, n_greedy = max(1, sampled.sum()), max(1, greedy.sum())
+    gain = np.where(sampled, advantage / n_sampled, form_advantage / n_greedy)
+    return gain, action if form_advantage else sampled
 
 
 def accumulate(

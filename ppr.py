@@ -10,13 +10,14 @@
    thought, which would name the answer. So this objective trains how evidence is read, not which calls are made.
 """
 
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data import Sample
+from data import Sample, read_jsonl, reading
 from grpo import INVALID, MICRO_TOKENS, accumulate, list_reward, my_share, over_ranks
 from model import Policy, TrainRow
 from rollout import Task, Trajectory
@@ -34,6 +35,12 @@ class HardPair:
     positive: int
     negative: int
     rank: int | None  # of the positive when mined; None: not in the top k
+
+
+def read_pairs(path: pathlib.Path) -> list[HardPair]:
+    """The pairs that train.py mined; DatasetError if the file is damaged."""
+    with reading(path):
+        return [HardPair(**pair) for pair in read_jsonl(path)]
 
 
 def violation_pool(answer: list[int], positive: int) -> list[int]:

@@ -185,17 +185,20 @@ def profile_prompt(policy: Policy, ctx: Context, sample: Sample) -> list[int]:
 
 # captures "" if never closed
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_OPENED = re.compile("<(tool_call|observation|answer)>")
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def between(turn: str, tag: str) -> str | None:
-    """The inside of the only <tag>...</tag> outside a turn's thoughts (linear time); None if there is none, more than one
-    opening, or a thought that is never closed."""
+    """The inside of the only <tag>...</tag> outside a turn's thoughts (linear time); None if there is none, if a second
+    one, or a call, observation or answer, is opened beside it, or if a thought is never closed."""
     if not all(_THOUGHT.findall(turn)):
         return None
-    _, opened, rest = _THOUGHT.sub("", turn).partition(f"<{tag}>")
-    inside, closed, _ = rest.partition(f"</{tag}>")
-    return inside if opened and closed and f"<{tag}>" not in rest else None
+    before, opened, rest = _THOUGHT.sub("", turn).partition(f"<{tag}>")
+    inside, closed, after = rest.partition(f"</{tag}>")
+    if f"<{tag}>" in inside or _OPENED.search(f"{before} {after}"):
+        return None
+    return inside if opened and closed else None
 
 
 def parse_answer(turn: str, task: Task, k: int) -> list[int] | str | None:

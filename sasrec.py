@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from data import Dataset
+from data import Dataset, reading
 
 MAX_LEN = 32
 MAX_SOFTMAX = 20_000  # more items than this and the loss samples that many
@@ -189,7 +189,8 @@ def save_sasrec(model: SASRec, path) -> None:
 
 
 def load_sasrec(path, n_items: int) -> SASRec:
-    """Read what save_sasrec wrote."""
+    """Read what save_sasrec wrote; DatasetError if that is damaged."""
     model = SASRec(n_items)
-    model.load_state_dict(load_file(path))
+    with reading(path):
+        model.load_state_dict(load_file(path))
     return model.eval()

@@ -1,6 +1,6 @@
 """The seven recommendation tools: what each shows, its schema, and how one call is parsed and run (paper: tool suite).
 
-A tool is a function `(context, sample, **arguments) -> Observation` and an entry in TOOLS; add one by writing both.
+A tool is a function `(context, sample[, argument]) -> Observation` and an entry in TOOLS; add one by writing both.
 Besides its text, an observation rates every candidate from 0 to 9 where the evidence allows it ("8:9 3:7 ..."), so that
 a ranking can be read off each tool and several can be combined.
 
@@ -253,7 +253,7 @@ def get_session_behavior(ctx: Context, sample: Sample) -> Observation:
 
 
 def get_rating_behavior(ctx: Context, sample: Sample) -> Observation:
-    """The user's items by rating; candidates score by how well their category was rated (0.5: not known)."""
+    """How the user rated, by category; candidates score by how well their category was rated (0.5: not known)."""
     rows = history(ctx.ds, sample, None)
     kinds, ratings = ctx.kind[ctx.ds.item[rows]], ctx.ds.rating[rows]
     high, low, parts = ratings >= 4, ratings <= 2, []
@@ -364,7 +364,7 @@ TOOLS = {tool.name: tool for tool in (
     Tool(item_info_search, "Category, price, rating and popularity of one item.", "item_name"),
     Tool(candidates_analyze, "The candidates grouped by category and price band, and how usual their prices are."),
     Tool(get_session_behavior, "How the user's recent interests moved."),
-    Tool(get_rating_behavior, "The user's past items grouped by high, middle and low rating."),
+    Tool(get_rating_behavior, "What the user rated high, middle and low, by category."),
     Tool(get_similar_items, "Items that go with a given one.", "item_title"),
     Tool(get_similar_users, "What users with similar behaviour bought recently."),
 )}  # fmt: skip

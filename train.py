@@ -46,7 +46,7 @@ from data import (
     DatasetError,
     Sample,
     load_dataset,
-    read_jsonl,
+    reading,
     run_main,
 )
 from grpo import (
@@ -84,7 +84,15 @@ from model import (
     tiny_shape,
     token_logprobs,
 )
-from ppr import DIRECTIONS, HardPair, bound_gradient, mine, pair_tasks, reward
+from ppr import (
+    DIRECTIONS,
+    HardPair,
+    bound_gradient,
+    mine,
+    pair_tasks,
+    read_pairs,
+    reward,
+)
 from rollout import (
     ALL_TOOLS,
     Task,
@@ -107,6 +115,7 @@ except ImportError:  # Windows: a run folder is not locked there
 HERE = pathlib.Path(__file__).parent
 LOCK = ".lock"  # of a run folder, held while a run writes there
 LOGS = ("metrics.jsonl", "trajectories.jsonl")
+STAGE_METRICS = ("zero_variance_groups", "dropped_groups", "kl_sampler_trainer", "entropy")  # fmt: skip
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
 MINED = 8  # times `slots`: prompts in flight while mining
@@ -208,8 +217,9 @@ def sample_groups(
 
 def backward(run: Run, groups: list[list[Trajectory]]) -> dict:
     """Accumulate the step's gradient; --ppr-objective logistic takes the pair questions out of the policy gradient."""
-    args, policy, metrics = run.args, run.policy, {}
+    args, policy = run.args, run.policy
     micro_tokens, score = args.micro_tokens, run.score
+    metrics = dict.fromkeys(STAGE_METRICS)  # None where only the bound is optimised
     if args.ppr_objective == "logistic":
         pairs = [group for group in groups if group[0].task.pair]
         groups = [group for group in groups if not group[0].task.pair]
@@ -416,7 +426,9 @@ def train_stage(run: Run, stage: str) -> None:
     if stage == "ppr":
         path = run.out / "hard_pairs.jsonl"
         if over_ranks([path.exists()], "min")[0]:
-            run.pairs = [HardPair(**pair) for pair in read_jsonl(path)]
+            run.pairs = read_pairs(path)
+        elif run.step:
+            raise ModelError(f"{path}: is missing, and stage 2 has begun; restore it")
         else:
             mine_pairs(run)
         if not run.pairs:
@@ -503,10 +515,7 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     if groups and (still or metrics.get("grad_norm") == 0):
         why = "all groups have equal rewards" if still else "no group gave a signal"
         tqdm.write(f"{why}: no update in this step")
-    line = {
-        k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()
-    }
-    logs = {"metrics.jsonl": [line]}
+    logs = {"metrics.jsonl": [{k: rounded(v) for k, v in metrics.items()}]}
     for group in groups[:1]:
         rewards = np.array([[t.reward for t in group]])
         advantages = group_advantages(rewards, args.baseline, args.divide_by_std)[0]
@@ -516,6 +525,13 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
     for name, rows in logs.items() if ranks()[0] == 0 else ():
         with open(run.out / name, "a") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def rounded(x):
+    """A float with six digits, None if it is not finite, which JSON lacks; anything else as it is."""
+    if not isinstance(x, float):
+        return x
+    return float(f"{x:.6g}") if math.isfinite(x) else None
 
 
 def trajectory_json(run: Run, t, metrics: dict, advantage: float) -> dict:
@@ -745,6 +761,7 @@ def say_memory(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- flags
 
 PRESETS = ("tiny", "paper")
+WIDTH, LAYERS = 256, 4
 MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
 DTYPES = ("auto", "float32", "bfloat16")
 FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and paper), help
@@ -766,21 +783,21 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("exercise-steps", int, (0, 0), "how many of --warmup-steps are exercises only (a new agent: a sixth)"),
     ("ask-again", float, 0.0, "share of demonstrations that ask each of their tools again with a chance of 1/2"),
     ("warmup-lr", float, (3e-3, 1e-6), "learning rate of the warm-up"),
-    ("width", int, 256, "hidden size of a new agent, a multiple of 64"),
-    ("layers", int, 4, "layers of a new agent"),
+    ("width", int, WIDTH, "hidden size of a new agent, a multiple of 64"),
+    ("layers", int, LAYERS, "layers of a new agent"),
     ("lr", float, (2e-4, 1e-6), "learning rate of stage 1; with --lora-rank paper: 1e-4"),
     ("ppr-lr", float, (5e-5, 1e-6), "learning rate of stage 2"),
     ("list-share", float, (0.5, 0.0), "share of rankings among stage 2's prompts"),
-    ("batch", int, (12, 64), "prompts a step"),
-    ("group-size", int, (8, 8), "trajectories a prompt, G"),
+    ("batch", int, (12, 64), "prompts a step (warm-up of a new agent: 8)"),
+    ("group-size", int, (8, 8), "trajectories a prompt, G (warm-up of a new agent: 5)"),
     ("temperature", float, (0.6, 0.6), "sampling temperature in training"),
     ("greedy-answer", bool, (True, False), "sample thoughts and calls, write the likeliest answer"),
     ("teach-form", bool, True, "greedy answers learn their form where some of a group are malformed"),
     ("max-new-tokens", int, (800, 6144), "longest trajectory in tokens, observations included"),
     ("mine-samples", int, (320, None), "training samples to mine hard pairs from"),
     ("title-chars", int, (30, 60), "titles are cut to this many characters"),
-    ("k", int, 10, "length of the ranking, K; the bundled agent needs a warm-up for another"),
-    ("bonus", float, BONUS, "extra reward for rank 1 after a tool call"),
+    ("k", int, 10, "length of the ranking, K, 10 in the paper; the bundled agent needs a warm-up for another"),
+    ("bonus", float, BONUS, "extra reward for rank 1 after a tool call, 0.1 in the paper"),
     ("max-grad-norm", float, 1.0, "gradient clipping"),
     "variants (defaults: the paper's estimator)",
     ("baseline", ("mean", "loo"), "mean", "group baseline b of Eq. 6"),
@@ -819,7 +836,10 @@ NOT_NEGATIVE = """steps epochs ppr_steps ppr_epochs warmup_steps exercise_steps 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags; defaults come from the preset, `--resume` takes all but MEMORY from the run's config.json."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--flag value ...]; all flags: python train.py --help",
+        description=__doc__, formatter_class=form, allow_abbrev=False,
+    )  # fmt: skip
     for flag in FLAGS:
         if isinstance(flag, str):
             group = parser.add_argument_group(flag)
@@ -827,11 +847,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add_flag(group, *flag)
     args = parser.parse_args(argv)
     if args.resume:
-        for name, value in vars(args).items():
-            changes = value != parser.get_default(name)
-            if changes and name not in ("resume", *MEMORY):
-                drop = f"drop --{name.replace('_', '-')}"
-                parser.error(f"--resume continues with the run's own flags; {drop}")
+        words = sys.argv[1:] if argv is None else argv
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        kept = {f"--{name.replace('_', '-')}" for name in ("resume", *MEMORY)}
+        if given - kept:
+            drop = f"drop {' '.join(sorted(given - kept))}"
+            parser.error(f"--resume continues with the run's own flags; {drop}")
     else:
         fill_in(args)
     check_flags(parser, args)
@@ -857,28 +878,34 @@ def fill_in(args: argparse.Namespace) -> None:
     """Defaults that depend on the preset or on the machine."""
     if args.model is None and args.stage == "warmup" and args.preset == "tiny":
         args.model = "new"
+    if args.model == "new" and args.stage == "warmup":
+        unless_given(args, batch=8, group_size=5)
     if args.model == "new" and args.stage in ("warmup", "all"):
-        if args.warmup_steps is None:
-            args.warmup_steps = 4500
-        if args.exercise_steps is None:
-            args.exercise_steps = args.warmup_steps // 6
+        unless_given(args, warmup_steps=4500)
+        unless_given(args, exercise_steps=args.warmup_steps // 6)
     if args.lora_rank and args.preset == "paper":
-        for name in ("lr", "ppr_lr", "warmup_lr"):
-            if getattr(args, name) is None:
-                setattr(args, name, ADAPTER_LR)
-    if not trained_tools(vars(args)) and args.greedy_answer is None:
-        args.greedy_answer = False  # else a group's trajectories would all be the same
+        unless_given(args, lr=ADAPTER_LR, ppr_lr=ADAPTER_LR, warmup_lr=ADAPTER_LR)
+    if not trained_tools(
+        vars(args)
+    ):  # else a group's trajectories would all be the same
+        unless_given(args, greedy_answer=False)
     epochs = {"steps": args.epochs, "ppr_steps": args.ppr_epochs}  # if given, decide
     for name, _, default, _ in (flag for flag in FLAGS if not isinstance(flag, str)):
         name = name.replace("-", "_")
-        known = getattr(args, name) is not None or epochs.get(name) is not None
-        if isinstance(default, tuple) and not known:
-            setattr(args, name, default[PRESETS.index(args.preset)])
+        if isinstance(default, tuple) and epochs.get(name) is None:
+            unless_given(args, **{name: default[PRESETS.index(args.preset)]})
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if multiplies_bfloat16(args.device) else "float32"
     args.out = args.out or f"runs/{args.dataset}-{args.seed}"
+
+
+def unless_given(args: argparse.Namespace, **defaults) -> None:
+    """Set the flags that nobody has set yet."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def multiplies_bfloat16(device: str) -> bool:
@@ -902,6 +929,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         ("exercise_steps", lambda x: x < max(1, args.warmup_steps), "must be below --warmup-steps"),
         ("warmup_steps", lambda x: not x or args.stage in ("all", "warmup"), f"--stage {args.stage} has no warm-up"),
         ("width", lambda x: x % 64 == 0, "must be a multiple of 64"),
+        ("width", lambda x: x == WIDTH or args.model == "new", "is of new agents; this one has its own"),
+        ("layers", lambda x: x == LAYERS or args.model == "new", "is of new agents; this one has its own"),
         ("k", lambda x: 1 <= x <= N_CANDIDATES, f"must be between 1 and the {N_CANDIDATES} candidates"),
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
         ("ask_again", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
@@ -925,6 +954,8 @@ def open_run(args: argparse.Namespace) -> Run:
     ds = load_dataset(args.dataset, args.data_dir)
     args.dataset = ds.name  # "office" may mean another one later
     print(ds.describe(), *ds.notes, sep="\n", flush=True)
+    if args.preset == "paper" and args.model in QWEN3:
+        say_memory(args)
     sharded = args.shard and n > 1
     where = "cpu" if sharded else args.device
     load = partial(load_policy, find_model(args.model, out), where, args.dtype)
@@ -977,13 +1008,7 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
                 remove(path)
         write_config(args, out, ds)
     else:
-        config = read_config(out)
-        if config["fingerprint"] != ds.fingerprint():
-            what = "the dataset has changed since this run started"
-            raise DatasetError(f"{out}: {what}; restore it or start a new run")
-        now = vars(args) | {"resumed": False}
-        if now != config["args"]:  # flags of MEMORY, or newer than the run
-            put_config(out, config | {"args": now})
+        update_config(args, out, ds)
     tools_fit = partial(train_sasrec, end=ds.fit_end)
     for name, fit in (("sasrec", tools_fit), ("sasrec_baseline", fit_baseline)):
         if not (out / f"{name}.safetensors").exists():
@@ -995,6 +1020,24 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
         texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
         agent = build_tiny_agent(texts, tiny_shape(args.width, args.layers))
         put(start, partial(save_policy, agent))
+
+
+def update_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
+    """A resumed run's config.json gets flags of MEMORY, or newer than the run; says what else is not as it was."""
+    config, now = read_config(out), vars(args) | {"resumed": False}
+    if config["fingerprint"] != ds.fingerprint():
+        what = "the dataset has changed since this run started"
+        raise DatasetError(f"{out}: {what}; restore it or start a new run")
+    for name in sorted(now.keys() - config["args"].keys()):
+        flag = f"--{name.replace('_', '-')}"
+        print(f"note: the run was started without {flag}; now it is {now[name]}")
+    for name, value in surroundings().items():
+        if config.get(name) != value:
+            print(
+                f"note: {name} was {config.get(name)} and is {value}: digits may differ"
+            )
+    if now != config["args"]:
+        put_config(out, config | {"args": now})
 
 
 def make_context(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> Context:
@@ -1017,20 +1060,22 @@ def lock(out: pathlib.Path) -> None:
 
 def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
     """config.json: every flag, versions, commit and the dataset's fingerprint."""
+    config = {"args": vars(args), "tools": trained_tools(vars(args))}
+    seen = {"dataset": ds.describe(), "fingerprint": ds.fingerprint()}
+    put_config(out, config | seen | surroundings())
+
+
+def surroundings() -> dict:
+    """What besides flags and data decides a run's digits."""
     git, commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"], ""
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    config = {
-        "args": vars(args),
-        "tools": trained_tools(vars(args)),
+    return {
         "versions": {"python": sys.version.split()[0]} | versions,
         "commit": commit.strip() or None,
-        "dataset": ds.describe(),
-        "fingerprint": ds.fingerprint(),
         "threads": torch.get_num_threads(),
     }
-    put_config(out, config)
 
 
 def put_config(out: pathlib.Path, config: dict) -> None:
@@ -1069,12 +1114,6 @@ def main() -> None:
     if args.memory:
         return print(memory_table(partial(memory, args)))
     join_ranks(args.device)
-    if args.preset == "paper" and args.model in QWEN3:
-        say_memory(args)
-    if args.resumed:
-        for name in sorted(vars(args).keys() - saved.keys()):  # newer than the run
-            flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-            print(f"note: the run was started without {flag}; now it is {value}")
     run = open_run(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, partial(on_signal, run))
@@ -1082,7 +1121,8 @@ def main() -> None:
         write_profiles(run)
     rank, n = ranks()
     if args.resumed:
-        restore_state(run)
+        with reading(run.out / "last"):
+            restore_state(run)
     elif not (args.stage == "warmup" or args.warmup_steps or args.no_eval or n > 1):
         run.policy.model.to("cpu")  # a GPU's memory is eval.py's for now
         torch.cuda.empty_cache()

@@ -273,6 +273,7 @@ def test_valid_answers(turn):
         r"\boxed{[4,5,6]}", r"<answer>\boxed{[4,5,6]}", "<answer>[4,5,6]</answer>", GOOD_ANSWER * 2,
         r"<answer>\boxed{[4,5,6]} \boxed{[4,5,6]}</answer>", f"<think>no end {GOOD_ANSWER}",
         r"<think>\boxed{[4,5,6]}</think><answer></answer>", f"<think>{GOOD_ANSWER}</think>",
+        f'<tool_call>{{"name": "get_user_profile"{GOOD_ANSWER}', f"<observation>4:9 5:8 6:7</observation>{GOOD_ANSWER}",
     ],
 )  # fmt: skip
 def test_invalid_answers(turn):

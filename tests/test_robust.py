@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import model as model_module
 import train
-from data import Sample
+from data import DatasetError, Sample
 from model import ModelError, check_device, find_model, load_policy, save_policy
 from rollout import Task, Trajectory, check_context
 
@@ -277,6 +277,38 @@ def test_a_run_killed_interrupted_and_out_of_disk_ends_like_an_undisturbed_one(m
     assert not [p.name for p in out.iterdir() if p.suffix in (".new", ".old")]
 
 
+@pytest.mark.parametrize("name", ["sasrec.safetensors", "last/state.json", "last/model.safetensors", "last/optimizer.pt", "hard_pairs.jsonl"])  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named_in_one_line(main, undisturbed, tmp_path, name):  # fmt: skip
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    whole = (out / name).read_bytes()
+    (out / name).write_bytes(b'{"sample": 1}\n' if "jsonl" in name else whole[:20])
+    place = out / "last" if name.startswith("last") else out / name
+    with pytest.raises(DatasetError) as error:
+        main("--resume", out)
+    assert str(error.value).startswith(f"{place}: cannot be read (")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_pairs_are_not_mined_from_a_half_trained_policy(main, undisturbed, tmp_path):  # fmt: skip
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "hard_pairs.jsonl").unlink()
+    with pytest.raises(ModelError, match="hard_pairs.jsonl: is missing"):
+        main("--resume", tmp_path / "run")
+
+
+def test_a_resumed_run_says_what_is_not_as_it_was(main, undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config |= {"threads": 77}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    main("--resume", tmp_path / "run")
+    notes = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
+    now = torch.get_num_threads()
+    assert notes == [f"note: threads was 77 and is {now}: digits may differ"]
+
+
 def test_a_second_run_into_the_same_folder_is_refused(main, tmp_path, undisturbed, monkeypatch, capsys):  # fmt: skip
     def taken(*_):
         raise BlockingIOError(errno.EAGAIN, "taken")
@@ -478,6 +510,8 @@ WRONG = {
     "--exercise-steps 6 --warmup-steps 6 --stage warmup": "must be below --warmup-steps",
     "--exercise-steps 6": "must be below --warmup-steps",
     "--seed 1 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
+    "--seed=0 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
+    "--width 64": "is of new agents; this one has its own", "--layers 2": "is of new agents; this one has its own",
 }  # fmt: skip
 
 
@@ -487,7 +521,7 @@ def test_impossible_flags_are_refused_with_the_reason(flags, capsys):
         train.parse_args(flags.split())
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert flags.split()[0] in last and WRONG[flags] in last
+    assert flags.split()[0].partition("=")[0] in last and WRONG[flags] in last
 
 
 def test_a_folder_here_comes_before_the_repositorys_and_that_before_the_hub(

@@ -122,6 +122,13 @@ def test_metrics_have_the_documented_fields(small, monkeypatch, tmp_path):
         assert line.keys() >= set(documented.split())
         assert line["kl_sampler_trainer"] < 1e-4
         assert line["lr"] == 2e-9, "a fifth, in the first step"
+    assert train.rounded(float("nan")) is None and train.rounded(7) == 7, (
+        "JSON has none"
+    )
+    bound = ("--ppr-objective", "logistic", "--list-share", 0, "--steps", 0)
+    run_main(monkeypatch, *flags, *bound, "--out", tmp_path / "b")
+    line = json.loads((tmp_path / "b" / "metrics.jsonl").read_text())
+    assert line.keys() >= set(documented.split()) and line["bound"] > 0
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["args"]["steps"] == 1
     assert config["fingerprint"]
@@ -552,7 +559,7 @@ def test_an_exercise_adds_up_the_lists_it_shows():
         assert sums == total and list(sums) == list(total)
         best = sorted(total, key=lambda n: -total[n])[:10]  # ties by number
         assert re.findall(r"\d+", boxed) == best
-        assert parse_answer(policy.decode(t.ids), Task(SAMPLE), 10) == [*map(int, best)]
+        assert parse_answer(asked, Task(SAMPLE), 10) == [*map(int, best)]
 
 
 def test_an_exercise_finds_the_titles_of_a_series(ctx):
@@ -702,15 +709,16 @@ def test_the_papers_preset_tells_its_memory_need_before_any_download(
 ):
     told = []
 
-    def download(args):
+    def download(*_):
         told.append(capsys.readouterr().out)
         raise train.ModelError("no network")
 
-    told = []
-    monkeypatch.setattr(train, "open_run", download)
+    monkeypatch.setattr(train, "load_policy", download)
+    flags = ("--dataset", "office-sim", "--preset", "paper", "--out", tmp_path / "run")
     with pytest.raises(train.ModelError):
-        run_main(monkeypatch, "--preset", "paper", "--out", tmp_path / "run")
-    (line,) = told[0].splitlines()
+        run_main(monkeypatch, *flags)
+    first, line = told[0].splitlines()
+    assert "SIMULATED" in first
     parts = dict(re.findall(r"(?:^|, )(.+?) (\d+)(?=,|$)", line.partition("GB: ")[2]))
     # 4.02e9 weights: fp32, their gradients and Adam's two moments, and a bf16 copy to sample from
     assert [int(parts[p]) for p in ("weights", "gradients", "Adam", "bf16 copy")] == [16, 16, 32, 8]  # fmt: skip
