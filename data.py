@@ -189,30 +189,26 @@ class Dataset:
 
 @dataclass(eq=False, repr=False)
 class Samples(Sequence):
-    """The samples of some interactions, each drawn when first asked for: a million cost nothing until then."""
+    """The samples of some interactions, each drawn when asked for: a million cost nothing until then."""
 
     ds: Dataset
     rows: np.ndarray  # the interactions that hold the positives
     seed: int
-    drawn: dict[int, Sample] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            return Samples(self.ds, self.rows[i], self.seed, self.drawn)
+            return Samples(self.ds, self.rows[i], self.seed)
         return self.of(int(self.rows[i]))
 
     def of(self, row: int) -> Sample:
         """The sample whose positive is interaction `row`, which is its id."""
-        if row not in self.drawn:
-            self.drawn[row] = draw_sample(self.ds, row, self.seed)
-        return self.drawn[row]
+        return draw_sample(self.ds, row, self.seed)
 
     def __add__(self, other: "Samples") -> "Samples":
-        rows = np.append(self.rows, other.rows)
-        return Samples(self.ds, rows, self.seed, self.drawn)
+        return Samples(self.ds, np.append(self.rows, other.rows), self.seed)
 
 
 def draw_sample(ds: Dataset, row: int, seed: int) -> Sample:
@@ -233,16 +229,14 @@ def draw_sample(ds: Dataset, row: int, seed: int) -> Sample:
     return Sample(row, user, int(ds.time[row]), tuple(candidates), target)
 
 
-def make_splits(ds: Dataset, seed: int = 0, min_history: int = 1) -> None:
+def make_splits(ds: Dataset, seed: int = 0) -> None:
     """Cut the samples 80/10/10 by time into fit + train, valid and test.
 
-    Every interaction with at least `min_history` earlier ones is a sample. The 80% are cut once more: their first
+    Every interaction but a user's first is a sample. The 80% are cut once more: their first
     seven eighths ("fit") only fit SASRec and the tools' statistics (and occur in the warm-up's demonstrations, which
     look at no positive), the last eighth trains the agent.
     """
-    t = ds.time  # searchsorted counts, for each of a user's times, the earlier ones
-    parts = [r[np.searchsorted(t[r], t[r]) >= min_history] for r in ds.by_user]
-    rows = np.sort(np.concatenate(parts))
+    rows = np.sort(np.concatenate([rows[1:] for rows in ds.by_user]))
     n = len(rows)
     if n < 40:
         few = f"only {n} samples have a history; add interactions (40 are needed)"
@@ -438,25 +432,6 @@ def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
         yield where, row
 
 
-def csv_rows(path: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
-    """("path:number", fields) below the header of a CSV file of interactions; blank lines are skipped."""
-    header, wanted = None, ",".join(HEADER)
-    for where, line in open_lines(path):
-        try:
-            row = next(csv.reader([line], strict=True), [])
-        except csv.Error as e:
-            raise DatasetError(f"{where}: not CSV ({e}); write {wanted}") from e
-        if header is None:
-            header = row
-            if row != HEADER:
-                break
-        elif row:
-            yield where, row
-    if header != HEADER:
-        found = ",".join(header or [])
-        raise DatasetError(f"{path}:1: header is {found!r:.80}; it must be {wanted}")
-
-
 def positive_number(value: object) -> float | None:
     """A positive number, also from text such as "$1,299.00"; None for null, a dash, "from 8.99" or a decimal comma."""
     try:
@@ -493,7 +468,7 @@ def item_fault(row: dict, items: dict[str, Item]) -> str | None:
     key, title = str(row["parent_asin"]), str(row.get("title") or "")
     if key in items:
         return f"parent_asin {key!r:.40} appears a second time; keep one line of it"
-    if not any(c.isprintable() and not c.isspace() for c in title):
+    if not one_line(title):
         return "field title is empty; give every item a title or drop its line"
     for name, (kind, wanted) in OPTIONAL.items():
         if value := row.get(name):
@@ -510,8 +485,18 @@ def read_interactions(
 
     The item is its place in `index`, or its id where there is none. DatasetError names the line and the field.
     """
-    rows, again = {}, []
-    for where, fields in csv_rows(path):
+    rows, again, wanted = {}, [], ",".join(HEADER)
+    lines = open_lines(path)
+    header = next(lines, ("", ""))[1].strip().replace('"', "")
+    if header != wanted:
+        raise DatasetError(f"{path}:1: header is {header!r:.80}; it must be {wanted}")
+    for where, line in lines:
+        try:
+            fields = next(csv.reader([line], strict=True), [])
+        except csv.Error as e:
+            raise DatasetError(f"{where}: not CSV ({e}); write {wanted}") from e
+        if not fields:
+            continue
         if fault := interaction_fault(fields, index):
             raise DatasetError(f"{where}: {fault}")
         user, item, rating, time = fields
@@ -724,25 +709,19 @@ def milliseconds(day: str) -> int:
         raise DatasetError(f"{day!r} is no date; write YYYY-MM-DD") from e
 
 
-def raw_files(args: argparse.Namespace) -> list[pathlib.Path]:
-    """The ratings and the metadata of one subset in --raw-dir, fetched unless they are there."""
-    category, raw = AMAZON[args.name][0], pathlib.Path(args.raw_dir)
-    raw.mkdir(parents=True, exist_ok=True)
-    remotes = RATINGS.format(category), METADATA.format(category)
-    paths = [raw / remote.rsplit("/", 1)[1] for remote in remotes]
-    for remote, path in zip(remotes, paths):
-        if not path.exists():
-            fetch(f"{args.base_url.rstrip('/')}/{remote}", path)
-    return paths
-
-
 def prepare(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, dict]:
     """Fetch, filter and write one subset; returns what dataset.json says of sources, filters and the paper's counts."""
     start, end = milliseconds(args.min_date), milliseconds(args.max_date)
     if start >= end:
         raise DatasetError(f"--max-date {args.max_date} must be after {args.min_date}")
     period = f"{args.min_date} to {args.max_date}"
-    ratings, metadata = raw_files(args)
+    category, raw = AMAZON[args.name][0], pathlib.Path(args.raw_dir)
+    raw.mkdir(parents=True, exist_ok=True)
+    remotes = RATINGS.format(category), METADATA.format(category)
+    ratings, metadata = paths = [raw / remote.split("/")[-1] for remote in remotes]
+    for remote, path in zip(remotes, paths):
+        if not path.exists():
+            fetch(f"{args.base_url.rstrip('/')}/{remote}", path)
     rows, again = read_interactions(ratings, None, start, end)
     items, dropped = usable_items(metadata, {r[1] for r in rows}, args.keep_unpriced)
     rows = sorted((r for r in rows if r[1] in items), key=itemgetter(3))

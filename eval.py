@@ -35,16 +35,9 @@ from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_ma
 from grpo import ndcg, rank_of_positive
 from model import ModelError, Policy, check_device, find_model, load_policy, read_config
 from ppr import pair_tasks, read_pairs, reward
-from rollout import (
-    ALL_TOOLS,
-    STRATEGIES,
-    Task,
-    read_titles,
-    rollout,
-    trained_tools,
-)
+from rollout import ALL_TOOLS, STRATEGIES, Task, read_titles, rollout, trained_tools
 from sasrec import load_sasrec
-from tools import PROFILES, Context, read_profiles, tool_scores
+from tools import Context, load_context, tool_scores
 
 HERE = pathlib.Path(__file__).parent
 CODE = ("data", "sasrec", "tools", "model", "rollout", "grpo", "ppr")  # of a trajectory
@@ -666,31 +659,24 @@ def parse_args() -> argparse.Namespace:
     add("--show", type=int, metavar="N", help=text)
     add("--user", help="print this user's trajectories and stop")
     args = parser.parse_args()
-    if args.rows and (args.probes or args.plot is not None):
-        parser.error("--probes and --plot need all rows: leave --rows out")
-    if (args.user or args.show) and (args.probes or args.plot is not None):
-        parser.error(
-            "--show and --user print trajectories only: no --probes, no --plot"
-        )
-    numbers = [args.samples, args.show, args.probes, *args.seeds, args.temperature]
-    if not all(0 <= (number or 0) < math.inf for number in [*numbers, args.slots]):
-        flags = "--samples, --show, --probes, --slots, --seeds and --temperature"
-        parser.error(f"{flags} cannot be negative or infinite")
-    if 0 in (args.show, args.slots):
-        parser.error("--show 0 and --slots 0 do nothing: give a positive number")
-    if len(args.seeds) > 1 and not args.temperature:
-        parser.error(
-            "--seeds need a --temperature above 0: greedy agents have no chance"
-        )
+    more = args.probes or args.plot is not None
+    numbers = args.samples, args.show, args.probes, args.slots, args.temperature
+    possible = all(0 <= (x or 0) < math.inf for x in (*numbers, *args.seeds))
+    for wrong, reason in (
+        (args.rows and more, "--probes and --plot need all rows: leave --rows out"),
+        ((args.user or args.show) and more, "--show and --user print trajectories only: no --probes, no --plot"),
+        (not possible, "--samples, --show, --probes, --slots, --seeds and --temperature cannot be negative or infinite"),
+        (0 in (args.show, args.slots), "--show 0 and --slots 0 do nothing: give a positive number"),
+        (len(args.seeds) > 1 and not args.temperature, "--seeds need a --temperature above 0: greedy agents have no chance"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(reason)
     return args
 
 
 def load(args: argparse.Namespace) -> tuple[dict, Context]:
     """The run's config and what its tools look things up in; fills in the settings that `args` leaves to the run."""
     config = read_config(args.out)
-    for name in ("sasrec.safetensors", "sasrec_baseline.safetensors"):
-        if not (args.out / name).exists():
-            raise ModelError(f"{args.out}: no {name}; give a folder that train.py made")
     own = config["args"]
     for name in ("greedy_answer", "k", "bonus", "dtype", "max_new_tokens"):
         setattr(args, name, own[name])
@@ -702,9 +688,7 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
     ds = load_dataset(own["dataset"], own["data_dir"])
     if ds.fingerprint() != config["fingerprint"]:
         raise DatasetError(f"{args.out}: its dataset has changed since; restore it")
-    sasrec = load_sasrec(args.out / "sasrec.safetensors", len(ds.items))
-    profiles = read_profiles(args.out / PROFILES)
-    return config, Context(ds, sasrec, profiles, own["title_chars"])
+    return config, load_context(args.out, ds, own["title_chars"])
 
 
 def evaluate(args, ctx: Context, agents: list[Agent], samples: list) -> Rows:

@@ -13,7 +13,6 @@ Under torchrun every rank knows all trajectories and computes the gradient of it
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +91,6 @@ def policy_gradient(
     objective: Objective = Objective(),
     temperature: float = 1.0,
     micro_tokens: int = MICRO_TOKENS,
-    score: Callable | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of Eq. 6 over all groups into `.grad` and return the step's metrics.
 
@@ -121,7 +119,7 @@ def policy_gradient(
             old_logprobs += np.array(t.logprobs)[kept].tolist()
             is_sampled += np.array(t.sampled_mask, bool)[kept].tolist()
     prompts = [g[0].prompt for g in groups]
-    how = {"temperature": temperature, "micro_tokens": micro_tokens, "score": score}
+    how = {"temperature": temperature, "micro_tokens": micro_tokens}
     # Eq. 6: minus the gradient estimate, as the optimizer descends
     logprobs, entropies = accumulate(policy, prompts, rows, weights, denominator, **how)
     log_ratio = logprobs - torch.tensor(old_logprobs)
@@ -156,7 +154,6 @@ def accumulate(
     *,
     temperature: float = 1.0,
     micro_tokens: int = MICRO_TOKENS,
-    score: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the gradient of -sum(weight * logprob) / denominator over the rows' action tokens to `.grad`.
 
@@ -164,9 +161,9 @@ def accumulate(
     entropies [N] on the CPU. A prompt is computed once, and its backward waits until all of its rows have been through
     theirs. What comes after a row's last action changes none of them and is left out: a greedy answer, for the most part.
 
-    `score` stands in for token_logprobs where parameters are sharded; its forward gathers them, so that all ranks must
-    make equally many (and prompts go along with every part of their rows): a rank with less to do scores a spare token
-    of weight 0. It does so without sharding too, since train.update adds up `.grad`, which every rank then has.
+    Where parameters are sharded (`policy.score`) all ranks must make equally many forwards, and prompts go along with
+    every part of their rows: a rank with less to do scores a spare token of weight 0. It does so without sharding too,
+    since train.update adds up `.grad`, which every rank then has.
     """
     rows = [up_to_last_action(row) for row in rows]
     batches = list(micro_batches(prompts, rows, micro_tokens))
@@ -174,12 +171,12 @@ def accumulate(
     spares = int(over_ranks([n_parts], "max")[0]) - n_parts
     batches += [([[0, 0]], [[TrainRow(0, [0], [1])]])] * spares
     weight = torch.tensor([*(weights or []), *[0.0] * spares])
-    forward, done = score or token_logprobs, 0
+    forward, done = policy.score or token_logprobs, 0
     found = [(torch.zeros(0), torch.zeros(0))]
     for own, parts in batches:
         cuts = []
         with torch.set_grad_enabled(weights is not None):
-            shared = None if score else share_prompts(policy, own, cuts)
+            shared = None if policy.score else share_prompts(policy, own, cuts)
             for part in parts:
                 logprobs, entropies = forward(policy, own, part, temperature, shared)
                 if weights is not None:

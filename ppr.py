@@ -11,7 +11,6 @@
 """
 
 import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,10 +128,7 @@ def letter_rows(policy: Policy, t: Trajectory, prompt: int) -> list[TrainRow]:
 
 
 def bound_gradient(
-    policy: Policy,
-    groups: list[list[Trajectory]],
-    micro_tokens: int = MICRO_TOKENS,
-    score: Callable | None = None,
+    policy: Policy, groups: list[list[Trajectory]], micro_tokens: int = MICRO_TOKENS
 ) -> dict[str, float]:
     """Accumulate the gradient of Prop. 2's bound, its mean over pairs and trajectories, into `.grad`; returns metrics.
 
@@ -146,12 +142,11 @@ def bound_gradient(
     for p in my_share([sum(len(t.ids) for t in g) for g in groups]):
         rows += [row for t in groups[p] for row in letter_rows(policy, t, p)]
     prompts = [g[0].prompt for g in groups]
-    how = {"micro_tokens": micro_tokens, "score": score}
-    logprobs, _ = accumulate(policy, prompts, rows, None, **how)
+    logprobs, _ = accumulate(policy, prompts, rows, None, micro_tokens=micro_tokens)
     delta = logprobs[0::2] - logprobs[1::2]
     push = torch.sigmoid(-delta)
     weights = torch.stack([push, -push], 1).flatten().tolist()
-    accumulate(policy, prompts, rows, weights, denominator, **how)
+    accumulate(policy, prompts, rows, weights, denominator, micro_tokens=micro_tokens)
     sums = [len(delta), (delta > 0).sum(), bidirectional_loss(delta).sum() / 2]
     n, right, loss = over_ranks([float(x) for x in sums])
     return {"pair_accuracy": right / n, "bound": loss / denominator}

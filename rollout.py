@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ class Trajectory:
     ids: list[int] = field(default_factory=list)
     action_mask: list[int] = field(default_factory=list)  # 1: written by the policy
     logprobs: list[float] = field(default_factory=list)  # when sampled, else 0
-    greedy: set[int] = field(default_factory=set)  # places of tokens without a draw
+    # 1: drawn at random; a token that is always the likeliest has no policy gradient
+    sampled_mask: list[int] = field(default_factory=list)
     ending: int = 0  # tokens of a demonstration's answer
     calls: list[Call] = field(default_factory=list)
     # ranked candidate numbers, or "A" / "B"; None: no valid answer
@@ -77,11 +79,6 @@ class Trajectory:
     end: str = ""  # answer, invalid, eos, budget, length
     reward: float = 0.0
     tool_seconds: float = 0.0  # spent in the tools, for eval.py
-
-    @property
-    def sampled_mask(self) -> list[int]:
-        """1 for actions drawn at random: a token that is always the likeliest has no policy gradient."""
-        return [m * (i not in self.greedy) for i, m in enumerate(self.action_mask)]
 
     @property
     def valid(self) -> bool:
@@ -461,10 +458,9 @@ class Rollout:
     def take(self, row: Row, token: int, logprob: float) -> None:
         """Append one sampled token; at a stop tag run the call or read the answer."""
         t = row.trajectory
-        if row.greedy:
-            t.greedy.add(len(t.ids))
         t.ids.append(token)
         t.action_mask.append(1)
+        t.sampled_mask.append(int(not row.greedy))
         t.logprobs.append(logprob)
         row.pending = [token]
         row.tail = (row.tail + self.policy.piece(token))[-32:]
@@ -534,6 +530,7 @@ def append(t: Trajectory, ids: list[int], action: int = 0) -> None:
     """Append tokens that were not sampled: an observation's, or a demonstration's own (`action` 1)."""
     t.ids += ids
     t.action_mask += [action] * len(ids)
+    t.sampled_mask += [action] * len(ids)
     t.logprobs += [0.0] * len(ids)
 
 
@@ -693,9 +690,7 @@ def add_up(policy: Policy, rng, lists: int, k: int) -> Trajectory:
     total = np.zeros(n, int)
     for _ in range(lists):
         scores = rng.integers(10, size=n) * (rng.random(n) < rng.uniform(0.2, 1.2))
-        order = np.argsort(-scores, kind="stable")
-        shown = " ".join(f"{i + 1}:{scores[i]}" for i in order)
-        text = f"<observation>\n{shown}</observation>"
+        text = f"<observation>{Observation('', scores / 10).render()}</observation>"
         if rng.random() < 0.2:
             numbers = np.flatnonzero(rng.random(n) < 0.1) + 1
             scores, text = np.zeros(n, int), series_thought("Duo", numbers)
@@ -718,28 +713,13 @@ def find_series(policy: Policy, ctx: Context, t: Trajectory, rng, others) -> Non
         append(t, policy.encode(thought.removeprefix(given)), action=1)
 
 
-class TextCollector:
-    """Stands in for a Policy in `demonstrate` to gather the texts that the tiny agent's tokenizer is trained on."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-        self.tokenizer = self
-
-    def apply_chat_template(self, messages, **_) -> str:
-        return messages[-1]["content"]
-
-    def defuse(self, text: str) -> str:
-        return text
-
-    def encode(self, text: str) -> list[int]:
-        self.texts.append(text)
-        return []
-
-
 def demonstration_texts(ctx: Context, samples: list[Sample], k: int) -> list[str]:
-    """Prompts, actions and observations of one demonstration a sample, every fourth about a pair."""
-    collector, rng = TextCollector(), np.random.default_rng(0)
+    """Prompts, actions and observations of one demonstration a sample, every fourth about a pair: for a tokenizer."""
+    texts, rng, collector = [], np.random.default_rng(0), SimpleNamespace(defuse=str)
+    collector.encode = lambda text: texts.append(text) or []  # stands in for a Policy
+    collector.tokenizer = collector
+    collector.apply_chat_template = lambda chat, **_: chat[-1]["content"]
     for i, sample in enumerate(samples):
         task = Task(sample, (3, 5) if i % 4 == 0 else None, i % 8 == 0)
         demonstrate(collector, ctx, task, k, rng, max_steps=6)
-    return collector.texts
+    return texts

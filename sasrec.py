@@ -9,7 +9,7 @@ one sampled negative a position, which ranks better; 2. pre-norm blocks; 3. sequ
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -67,15 +67,13 @@ class SASRec(nn.Module):
 
     @torch.no_grad()
     def states(self, sequences: list[np.ndarray]) -> torch.Tensor:
-        """[n, C] state after the last item of each sequence of catalogue indices; an empty one gives zeros."""
-        out = torch.zeros(len(sequences), self.items.embedding_dim)
+        """[n, C] state after the last item of each sequence of catalogue indices."""
+        out = []
         for a in range(0, len(sequences), 512):
             part = sequences[a : a + 512]
-            lengths = torch.tensor([min(len(s), MAX_LEN) for s in part])
-            last = (lengths - 1).clamp(min=0)
-            h = self(pad(part))[torch.arange(len(part)), last]
-            out[a : a + 512] = h * (lengths > 0)[:, None]
-        return out
+            last = [min(len(s), MAX_LEN) - 1 for s in part]
+            out.append(self(pad(part))[range(len(part)), last])
+        return torch.cat(out)
 
     @torch.no_grad()
     def all_states(self, sequences: list[np.ndarray]) -> torch.Tensor:
@@ -116,15 +114,10 @@ def pad(sequences: list[np.ndarray], limit: int = MAX_LEN) -> torch.Tensor:
     return torch.from_numpy(ids)
 
 
-def train_sasrec(ds: Dataset, end: int, seed=0, epochs=None, progress=None) -> SASRec:
-    """Fit SASRec on interactions before time `end` (ms); `progress` names a bar.
-
-    The default number of epochs is the tools', which are part of the world that the agent learns in.
-    """
+def train_sasrec(ds: Dataset, end: int, seed=0, epochs=20, progress=None) -> SASRec:
+    """Fit SASRec on interactions before time `end` (ms), by default as long as the tools' is; `progress` names a bar."""
     histories = [ds.before(user, end) for user in range(len(ds.users))]
     sequences = [ds.item[h[-MAX_LEN - 1 :]] for h in histories if len(h) > 1]
-    if epochs is None:
-        epochs = 20 if len(sequences) * 8 > len(ds.items) else 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SASRec(len(ds.items))
@@ -158,9 +151,7 @@ def fit_baseline(ds: Dataset, progress=None) -> SASRec:
 
 
 def mean_ndcg(model: SASRec, ds: Dataset, samples) -> float:
-    """Mean of 1/log2(1 + rank of the positive) over the samples, by whole histories; 0 without samples."""
-    if not len(samples):
-        return 0.0
+    """Mean of 1/log2(1 + rank of the positive) over the samples, by whole histories."""
     states = model.states([ds.item[ds.before(s.user, s.time)] for s in samples])
     candidates = torch.tensor([s.candidates for s in samples])
     scores = model.scores(states, candidates)
@@ -183,13 +174,8 @@ def next_item_loss(model: SASRec, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(torch.cat([own, others], 1), torch.zeros_like(targets))
 
 
-def save_sasrec(model: SASRec, path) -> None:
-    """Write the weights as safetensors."""
-    save_file(model.state_dict(), path)
-
-
 def load_sasrec(path, n_items: int) -> SASRec:
-    """Read what save_sasrec wrote; DatasetError if that is damaged."""
+    """A model of the weights in a safetensors file; DatasetError if that is damaged."""
     model = SASRec(n_items)
     with reading(path):
         model.load_state_dict(load_file(path))

@@ -21,7 +21,7 @@ from os.path import commonprefix
 import numpy as np
 
 from data import Dataset, Sample, history, one_line, read_jsonl
-from sasrec import SASRec
+from sasrec import SASRec, load_sasrec
 
 MAX_OBSERVATION = 900  # characters; longer text is cut and says so
 BEGINNING = 4  # letters by which a misquoted title is still recognised
@@ -84,13 +84,6 @@ def best(scores: np.ndarray, n: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------------------- context
 
-SNAPSHOTS = 64  # of purchases so far; a look-up goes on from the nearest before it
-
-
-def read_profiles(path: pathlib.Path) -> dict[int, str]:
-    """Sample id -> profile written by a model; empty if there is no such file."""
-    return {row["sample"]: row["text"] for row in read_jsonl(path)}
-
 
 @dataclass
 class Context:
@@ -111,23 +104,21 @@ class Context:
         self.kind_names, self.kind = np.unique(kinds, return_inverse=True)
         self.kind_known = self.kind_names != ""  # items without a category share none
         self.kind_titles = [inert(name, 24) or "unknown" for name in self.kind_names]
-        brands = [i.store or "" for i in ds.items]
-        self.brand = np.unique(np.array(brands, object), return_inverse=True)[1]
         self.log_price = np.log([i.price or np.nan for i in ds.items])
         # as the agent sees them
         self.titles = [inert(i.title, self.title_limit) for i in ds.items]
         numbered = reversed([*enumerate(self.titles)])  # the first of equal titles wins
         self._by_title = {title.casefold(): i for i, title in numbered}
         self._fit_transitions()
-        self._take_snapshots()
         # SASRec's unit state after every interaction, users one after the other
         self.states = self.sasrec.all_states([ds.item[r] for r in ds.by_user]).numpy()
         norm = np.linalg.norm(self.states, axis=1, keepdims=True)
         self.states /= np.maximum(norm, 1e-9)
+        self._place = np.concatenate(ds.by_user).argsort()  # in `states`
         self._memory: dict[tuple, Observation] = {}
 
     def _fit_transitions(self) -> None:
-        """Count how often kind b is bought soon after kind a, before fit_end; pairs that occur, as a * kinds + b."""
+        """All times that kind b is bought soon after kind a, before fit_end, sorted, as a * kinds + b."""
         rows = np.concatenate(self.ds.by_user)  # a user's purchases side by side
         rows = rows[self.ds.time[rows] < self.ds.fit_end]
         user, kind = self.ds.user[rows], self.kind[self.ds.item[rows]]
@@ -135,72 +126,54 @@ class Context:
         for gap in (1, 2):
             same = user[:-gap] == user[gap:]
             pairs.append((kind[:-gap] * n + kind[gap:])[same])
-        found = np.unique(np.concatenate(pairs), return_counts=True)
-        self._pairs, self._pair_counts = found
-        after = np.bincount(self._pairs % n, self._pair_counts, n).astype(np.float32)
+        self._pairs = np.sort(np.concatenate(pairs))
+        after = np.bincount(self._pairs % n, minlength=n).astype(np.float32)
         self._kind_share = (after + 1) / (after.sum() + n)
 
     def lift(self, kind: int) -> np.ndarray:
         """[kinds] smoothed lift of buying each kind soon after this one, from interactions before fit_end."""
         n, share = len(self.kind_names), self._kind_share
         a, b = np.searchsorted(self._pairs, (kind * n, (kind + 1) * n))
-        counts = np.zeros(n, np.float32)
-        counts[self._pairs[a:b] - kind * n] = self._pair_counts[a:b]
+        counts = np.bincount(self._pairs[a:b] - kind * n, minlength=n)
+        counts = counts.astype(np.float32)
         return (counts + 10 * share) / (counts.sum() + 10) / share
-
-    def _take_snapshots(self) -> None:
-        """Per item its purchases, per user the place of the last state (-1: none), before every stride-th interaction."""
-        ds = self.ds
-        self.stride = len(ds.item) // SNAPSHOTS + 1
-        self._place = np.empty(len(ds.item), int)  # of an interaction in `states`
-        self._place[np.concatenate(ds.by_user)] = np.arange(len(ds.item))
-        self._counts = np.zeros((SNAPSHOTS, len(ds.items)), np.int32)
-        self._last = np.full((SNAPSHOTS, len(ds.users)), -1, np.int32)
-        for i in range(1, SNAPSHOTS):
-            rows = slice((i - 1) * self.stride, i * self.stride)
-            self._counts[i], self._last[i] = self._add(i - 1, rows)
-
-    def _add(self, snapshot: int, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """A snapshot's purchases and places with the interactions `rows` added."""
-        new = np.bincount(self.ds.item[rows], minlength=len(self.ds.items))
-        last = self._last[snapshot].copy()
-        # where a user occurs twice, numpy keeps the later assignment
-        last[self.ds.user[rows]] = self._place[rows]
-        return self._counts[snapshot] + new, last
 
     def as_of(self, time: int) -> tuple[np.ndarray, np.ndarray]:
         """[items] purchases strictly before `time`; [users] the place in `states` of each user's last one, -1 for none."""
-        end = int(np.searchsorted(self.ds.time, time))
-        snapshot = min(end // self.stride, SNAPSHOTS - 1)
-        return self._add(snapshot, slice(snapshot * self.stride, end))
+        end, last = np.searchsorted(self.ds.time, time), np.full(len(self.ds.users), -1)
+        # where a user occurs twice, numpy keeps the later assignment
+        last[self.ds.user[:end]] = self._place[:end]
+        return np.bincount(self.ds.item[:end], minlength=len(self.ds.items)), last
 
-    def find(self, sample: Sample, title: str) -> int | None:
+    def find(self, sample: Sample, title: str) -> tuple[int, str]:
         """The item of this title: the sample's own first (recent purchases, then candidates), then the catalogue's.
 
         Language models misquote titles, so next comes the sample's item with the most similar title, then the one that
-        shares the longest beginning, of at least BEGINNING letters. None if nothing is near.
+        shares the longest beginning, of at least BEGINNING letters; ToolError if nothing is near. Beside it a remark if
+        it has another title or several items of the prompt have the same.
         """
         wanted = inert(title, self.title_limit).casefold()
-        own = (*self.ds.item[history(self.ds, sample)][::-1], *sample.candidates)
-        shown = {self.titles[i].casefold(): int(i) for i in reversed(own)}
-        exact = shown.get(wanted, self._by_title.get(wanted))
-        if exact is not None:
-            return exact
+        past = self.ds.item[history(self.ds, sample)][::-1]
+        own = [*past.tolist(), *sample.candidates]
+        titles = [self.titles[i].casefold() for i in own]
+        shown = dict(zip(reversed(titles), reversed(own)))
+        item = shown.get(wanted, self._by_title.get(wanted))
+        if item is not None:
+            n = len({i for i, x in zip(own, titles) if x == wanted})
+            return item, f"first of {n} titled so: " if n > 1 else ""
         near = difflib.get_close_matches(wanted, shown, n=1, cutoff=0.6)
-        if near:
-            return shown[near[0]]
-        alike = [len(commonprefix([wanted, self.titles[i].casefold()])) for i in own]
-        longest = int(np.argmax(alike))
-        return int(own[longest]) if alike[longest] >= BEGINNING else None
+        alike = [len(commonprefix([wanted, x])) for x in titles]
+        if not near and max(alike) < BEGINNING:
+            raise ToolError(f"no item is titled {inert(title)!r}", malformed=False)
+        item = shown[near[0]] if near else own[np.argmax(alike)]
+        return item, f"{self.titles[item]}: "
 
-    def meant(self, sample: Sample, item: int, title: str) -> str:
-        """A remark on the item taken, if it was asked for by another title or several items of the prompt share its title."""
-        taken = self.titles[item].casefold()
-        if inert(title, self.title_limit).casefold() != taken:
-            return f"{self.titles[item]}: "
-        own = {*self.ds.item[history(self.ds, sample)].tolist(), *sample.candidates}
-        n = sum(self.titles[i].casefold() == taken for i in own)
-        return f"first of {n} titled so: " if n > 1 else ""
+
+def load_context(run: pathlib.Path, ds: Dataset, title_limit: int) -> Context:
+    """What the tools of a run look things up in, the profiles included that a model has written."""
+    sasrec = load_sasrec(run / "sasrec.safetensors", len(ds.items))
+    profiles = {row["sample"]: row["text"] for row in read_jsonl(run / PROFILES)}
+    return Context(ds, sasrec, profiles, title_limit)
 
 
 # --------------------------------------------------------------------------------------------------------------- tools
@@ -221,10 +194,7 @@ def get_user_profile(ctx: Context, sample: Sample) -> Observation:
     """Long-term taste over the whole past; candidates score by how much of it went to their brand, if any is known."""
     items = ctx.ds.item[history(ctx.ds, sample, None)]
     stores = [ctx.ds.items[i].store for i in items]
-    brands = ctx.brand[items]
-    counts = np.bincount(brands, minlength=ctx.brand.max() + 1) / (len(items) + 1)
-    cand = np.array(sample.candidates)
-    known = np.array([ctx.ds.items[c].store is not None for c in cand])
+    bought = Counter(filter(None, stores))
     prices = np.exp(ctx.log_price[items][~np.isnan(ctx.log_price[items])])
     written = inert(ctx.profiles.get(sample.id, ""), 400)
     text = written or (
@@ -232,8 +202,9 @@ def get_user_profile(ctx: Context, sample: Sample) -> Observation:
         f"categories {shares([ctx.ds.items[i].category for i in items])}; "
         f"price {dollars(np.median(prices)) if len(prices) else 'unknown'}"
     )
-    scores = counts[ctx.brand[cand]] * known
-    return Observation(text, scores if any(stores) else None)
+    scores = [bought[ctx.ds.items[c].store] for c in sample.candidates]
+    scores = np.array(scores) / (len(items) + 1)
+    return Observation(text, scores if bought else None)
 
 
 def get_session_behavior(ctx: Context, sample: Sample) -> Observation:
@@ -290,14 +261,11 @@ def candidates_analyze(ctx: Context, sample: Sample) -> Observation:
 
 def get_similar_items(ctx: Context, sample: Sample, item_title: str) -> Observation:
     """Items nearest to the named one in SASRec's space; candidates score by logarithmic rank in the catalogue."""
-    item = ctx.find(sample, item_title)
-    if item is None:
-        raise ToolError(f"no item is titled {inert(item_title)!r}", malformed=False)
+    item, remark = ctx.find(sample, item_title)
     scores = ctx.sasrec.scores(ctx.sasrec.states([np.array([item])]))[0].numpy()
     scores[item] = -np.inf
     near = "; ".join(ctx.titles[i] for i in best(scores, 2))
-    text = ctx.meant(sample, item, item_title) + "near " + near
-    return Observation(text, log_rank(scores, sample.candidates))
+    return Observation(f"{remark}near {near}", log_rank(scores, sample.candidates))
 
 
 def get_similar_users(ctx: Context, sample: Sample) -> Observation:
@@ -322,9 +290,7 @@ def get_similar_users(ctx: Context, sample: Sample) -> Observation:
 
 def item_info_search(ctx: Context, sample: Sample, item_name: str) -> Observation:
     """Category, price, rating and popularity of one item; used as a ranking it is the candidates' popularity."""
-    item = ctx.find(sample, item_name)
-    if item is None:
-        raise ToolError(f"no item is named {inert(item_name)!r}", malformed=False)
+    item, remark = ctx.find(sample, item_name)
     found = ctx.ds.items[item]
     category = inert(found.category or "category unknown", 24)
     price = "price unknown" if found.price is None else dollars(found.price)
@@ -332,8 +298,9 @@ def item_info_search(ctx: Context, sample: Sample, item_name: str) -> Observatio
     rated = "rating unknown" if stars is None else f"rated {stars}"
     counts, _ = ctx.as_of(sample.time)
     percent = int(100 * (counts <= counts[item]).mean())
-    text = f"{category}; {price}; {rated}; as popular as {percent}%"
-    return Observation(ctx.meant(sample, item, item_name) + text)
+    return Observation(
+        f"{remark}{category}; {price}; {rated}; as popular as {percent}%"
+    )
 
 
 @dataclass(frozen=True)
@@ -344,22 +311,15 @@ class Tool:
     description: str
     argument: str | None = None
 
-    @property
-    def name(self) -> str:
-        return self.run.__name__
-
     def schema(self) -> dict:
         """JSON schema in the form chat templates expect."""
         takes = {self.argument: {"type": "string"}} if self.argument else {}
         parameters = {"type": "object", "properties": takes, "required": list(takes)}
-        return {
-            "name": self.name,
-            "description": self.description,
-            "parameters": parameters,
-        }
+        named = {"name": self.run.__name__, "description": self.description}
+        return named | {"parameters": parameters}
 
 
-TOOLS = {tool.name: tool for tool in (
+TOOLS = {tool.run.__name__: tool for tool in (
     Tool(get_user_profile, "The user's long-term taste: brands, categories, usual price."),
     Tool(item_info_search, "Category, price, rating and popularity of one item.", "item_name"),
     Tool(candidates_analyze, "The candidates grouped by category and price band, and how usual their prices are."),

@@ -65,7 +65,6 @@ from grpo import (
 from model import (
     QWEN3,
     ModelError,
-    MuonAdamW,
     Policy,
     TrainRow,
     add_lora,
@@ -77,10 +76,10 @@ from model import (
     load_policy,
     memory_need,
     memory_table,
+    muon_and_adamw,
     qwen3_config,
     read_config,
     save_policy,
-    separate_letters,
     tiny_shape,
     token_logprobs,
 )
@@ -104,8 +103,8 @@ from rollout import (
     rollout,
     trained_tools,
 )
-from sasrec import fit_baseline, load_sasrec, save_sasrec, train_sasrec
-from tools import PROFILES, Context, read_profiles
+from sasrec import fit_baseline, train_sasrec
+from tools import PROFILES, Context, load_context
 
 try:
     import fcntl
@@ -118,7 +117,6 @@ LOGS = ("metrics.jsonl", "trajectories.jsonl")
 STAGE_METRICS = ("zero_variance_groups", "dropped_groups", "kl_sampler_trainer", "entropy")  # fmt: skip
 STAGES = {"warmup": "warm-up", "rta": "stage 1 rta", "ppr": "stage 2 ppr"}
 STAGE_SEED = {"warmup": 1, "rta": 2, "ppr": 3, "mine": 4}
-MINED = 8  # times `slots`: prompts in flight while mining
 # of an answer's tokens in the warm-up; the others are easy or random
 ENDING_WEIGHT = 2.0
 
@@ -134,8 +132,7 @@ class Run:
     policy: Policy
     stage: str = ""
     step: int = 0  # steps done in this stage
-    optimizer: torch.optim.Optimizer | None = None
-    score: Callable | None = None  # --shard: the update's forward
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     whole: Policy | None = None  # --shard: what rollouts run on
     pairs: list[HardPair] = field(default_factory=list)
     skipped: int = 0  # updates in a row that were not finite
@@ -218,19 +215,18 @@ def sample_groups(
 def backward(run: Run, groups: list[list[Trajectory]]) -> dict:
     """Accumulate the step's gradient; --ppr-objective logistic takes the pair questions out of the policy gradient."""
     args, policy = run.args, run.policy
-    micro_tokens, score = args.micro_tokens, run.score
     metrics = dict.fromkeys(STAGE_METRICS)  # None where only the bound is optimised
     if args.ppr_objective == "logistic":
         pairs = [group for group in groups if group[0].task.pair]
         groups = [group for group in groups if not group[0].task.pair]
-        metrics |= bound_gradient(policy, pairs, micro_tokens, score) if pairs else {}
+        metrics |= bound_gradient(policy, pairs, args.micro_tokens) if pairs else {}
     if groups:
         objective = Objective(
             args.baseline, args.divide_by_std, args.token_mean,
             not args.keep_negative_groups, args.teach_form,
         )  # fmt: skip
         metrics |= policy_gradient(
-            policy, groups, objective, args.temperature, micro_tokens, score
+            policy, groups, objective, args.temperature, args.micro_tokens
         )
     return metrics
 
@@ -238,17 +234,18 @@ def backward(run: Run, groups: list[list[Trajectory]]) -> dict:
 def update(run: Run, lr: float) -> dict:
     """Clip the accumulated gradient and step; a gradient that is not finite skips the update and is counted."""
     parameters = [p for p in run.policy.model.parameters() if p.grad is not None]
-    if ranks()[1] > 1 and not run.score:  # fully_shard has added up its own
+    if ranks()[1] > 1 and not run.policy.score:  # fully_shard has added up its own
         for p in parameters:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
     norm = float(whole(norm))
     finite = math.isfinite(norm)
     run.skipped = 0 if finite else run.skipped + 1
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    if finite and norm > 0:
-        run.optimizer.step()
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if finite and norm > 0:
+            optimizer.step()
     run.policy.model.zero_grad()
     return {"grad_norm": norm if finite else None, "lr": lr, "skipped": run.skipped}
 
@@ -266,7 +263,7 @@ def mined_samples(run: Run) -> list[Sample]:
 def mine_pairs(run: Run) -> None:
     """Stage 2's data: roll the stage-1 policy out once over training samples and keep its violations (Eq. 3)."""
     args, n = run.args, ranks()[1]
-    seed, slots = (args.seed, STAGE_SEED["mine"]), MINED * args.slots
+    seed, slots = (args.seed, STAGE_SEED["mine"]), args.slots * args.group_size
     tasks = [Task(sample) for sample in mined_samples(run)]
     with progress_bar("mining hard pairs", len(tasks) // n, "sample") as bar:
         groups = sample_groups(run, tasks, seed, slots, 1, lambda group: bar.update())
@@ -305,24 +302,18 @@ def warmup_demonstrations(run: Run, step: int) -> tuple[list, list, list[Traject
                 run.policy, run.ctx, pool, rng, args.group_size, lists, args.k
             )
         else:
-            found = demonstrations(run, pool, rng, script)
+            sample, pair = pool[rng.integers(len(pool))], None
+            if rng.random() < 0.25:
+                two = rng.permutation(len(sample.candidates))[:2] + 1
+                pair = tuple(two.tolist())
+            task, n = Task(sample, pair, bool(rng.random() < 0.5)), args.group_size
+            found = [demonstrate(run.policy, run.ctx, task, *script) for _ in range(n)]
         for t in found:
             if not prompts or t.prompt != prompts[-1]:
                 prompts.append(t.prompt)
             rows.append(TrainRow(len(prompts) - 1, t.ids, t.action_mask))
             shown.append(t)
     return prompts, rows, shown
-
-
-def demonstrations(run: Run, pool, rng, script: tuple) -> list[Trajectory]:
-    """A group of scripted trajectories of one task."""
-    sample, pair = pool[rng.integers(len(pool))], None
-    if rng.random() < 0.25:
-        two = rng.permutation(len(sample.candidates))[:2] + 1
-        pair = tuple(two.tolist())
-    task = Task(sample, pair, bool(rng.random() < 0.5))
-    group = range(run.args.group_size)
-    return [demonstrate(run.policy, run.ctx, task, *script) for _ in group]
 
 
 def warmup_step(run: Run, step: int) -> tuple[dict, list]:
@@ -337,7 +328,7 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
         heavy = shown[i].ending
         weights += [1.0] * (n - heavy) + [ENDING_WEIGHT] * heavy
     share = [rows[i] for i in own]
-    how = {"micro_tokens": args.micro_tokens, "score": run.score}
+    how = {"micro_tokens": args.micro_tokens}
     logprobs, _ = accumulate(run.policy, prompts, share, weights, n_actions, **how)
     paired = [t.task.pair is not None for t in shown]
     sums = [-float(logprobs.sum()), 0.0, 0.0]  # of all, of rankings, of pairs
@@ -356,15 +347,15 @@ def warmup_step(run: Run, step: int) -> tuple[dict, list]:
     return metrics | {"seconds_update": time.perf_counter() - began}, []
 
 
-def make_optimizer(run: Run, stage: str) -> torch.optim.Optimizer | MuonAdamW:
-    """A fresh optimizer for each stage."""
+def make_optimizers(run: Run, stage: str) -> list[torch.optim.Optimizer]:
+    """Fresh ones for each stage."""
     model, args = run.policy.model, run.args
     if stage == "warmup" and not args.shard:  # Muon needs whole matrices
         emulates = args.device.startswith("cpu") and args.dtype == "float32"
-        return MuonAdamW(model, args.warmup_lr, float32=emulates)
+        return muon_and_adamw(model, args.warmup_lr, emulates)
     # fused: no temporary as large as all weights
     how = {"weight_decay": 0.0, "fused": args.device.startswith("cuda")}
-    return torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), **how)
+    return [torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), **how)]
 
 
 # --------------------------------------------------------------------------------------------- before training: profiles
@@ -390,7 +381,6 @@ def write_profiles(run: Run) -> None:
     Kept in profiles.jsonl, so that it happens once; a resumed run writes what is missing.
     """
     path, (rank, n), profiles = run.out / PROFILES, ranks(), run.ctx.profiles
-    profiles |= read_profiles(path)
     todo = [s for s in profile_samples(run) if s.id not in profiles]
     starts = range(0, len(todo), 8 * run.args.slots * n)
     bar = progress_bar("writing profiles", len(starts), "batch")
@@ -433,10 +423,8 @@ def train_stage(run: Run, stage: str) -> None:
             mine_pairs(run)
         if not run.pairs:
             return
-    if stage == "warmup" and run.step == 0 and not run.score:
-        separate_letters(run.policy, run.args.seed)
     steps = stage_steps(run, stage)
-    run.optimizer = run.optimizer or make_optimizer(run, stage)
+    run.optimizers = run.optimizers or make_optimizers(run, stage)
     with progress_bar(STAGES[stage], steps, "step", run.step) as bar:
         run.stepping = True
         while run.step < steps:
@@ -570,19 +558,17 @@ def put(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     remove(old)
 
 
-def put_json(path: pathlib.Path, rows) -> None:
-    """Write a whole .jsonl file; only rank 0 does."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+def put_json(path: pathlib.Path, rows, indent: int | None = None) -> None:
+    """Write a whole file of JSON objects; only rank 0 does."""
+    lines = "".join(json.dumps(row, indent=indent) + "\n" for row in rows)
     if ranks()[0] == 0:
         put(path, lambda new: new.write_text(lines))
 
 
 def remove(path: pathlib.Path) -> None:
     """Delete a file or a folder if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
 
 
 def save_state(run: Run) -> None:
@@ -590,19 +576,20 @@ def save_state(run: Run) -> None:
     model = run.policy.model.state_dict()
     if run.policy.model.config.tie_word_embeddings:
         del model["lm_head.weight"]
-    model, optimizer = tree_map(for_rank_0, (model, run.optimizer.state_dict()))
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    model, optimizers = tree_map(for_rank_0, (model, optimizers))
     if ranks()[0]:
         return
     state = {"stage": run.stage, "step": run.step, "skipped": run.skipped}
     for path in (run.out / name for name in LOGS):
         state[path.name] = path.read_bytes().count(b"\n") if path.exists() else 0
-    put(run.out / "last", partial(write_state, model, optimizer, state))
+    put(run.out / "last", partial(write_state, model, optimizers, state))
 
 
-def write_state(model: dict, optimizer: dict, state: dict, folder: pathlib.Path):
+def write_state(model: dict, optimizers: list, state: dict, folder: pathlib.Path):
     folder.mkdir()
     save_file(model, folder / "model.safetensors")
-    torch.save(optimizer, folder / "optimizer.pt")
+    torch.save(optimizers, folder / "optimizer.pt")
     (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -619,19 +606,21 @@ def restore_state(run: Run) -> None:
     if not folder:
         return
     run.stage, run.step, run.skipped = state["stage"], state["step"], state["skipped"]
-    run.optimizer = make_optimizer(run, run.stage)
+    run.optimizers = make_optimizers(run, run.stage)
     model = load_file(folder / "model.safetensors")
-    how = {"weights_only": True, "mmap": bool(run.score)}  # a rank needs its share only
-    optimizer = torch.load(folder / "optimizer.pt", "cpu", **how)
-    if run.score:
+    # mapped: a rank needs its share only
+    how = {"weights_only": True, "mmap": bool(run.policy.score)}
+    optimizers = torch.load(folder / "optimizer.pt", "cpu", **how)
+    if run.policy.score:
         named = dict(run.policy.model.named_parameters())
         model = {name: split_like(x, named[name]) for name, x in model.items()}
-        owners = [p for group in run.optimizer.param_groups for p in group["params"]]
-        for i, values in optimizer["state"].items():
+        owners = run.optimizers[0].param_groups[0]["params"]
+        for i, values in optimizers[0]["state"].items():
             for name, x in values.items():
                 values[name] = split_like(x, owners[i])
     run.policy.model.load_state_dict(model, strict=False)
-    run.optimizer.load_state_dict(optimizer)
+    for optimizer, saved in zip(run.optimizers, optimizers):
+        optimizer.load_state_dict(saved)
 
 
 # --------------------------------------------------------------------------------------------------- several processes
@@ -685,7 +674,7 @@ def shard(run: Run) -> None:
         part.set_gradient_divide_factor(1.0)
     model.score = token_logprobs
     register_fsdp_forward_method(model, "score")
-    run.score = model.score
+    run.policy.score = model.score
 
 
 @contextlib.contextmanager
@@ -730,16 +719,15 @@ def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def memory(args: argparse.Namespace, name: str, n: int, sharded: bool) -> dict:
     """GB that a known model needs on each of `n` GPUs with these flags, by part, and in eval.py on one GPU.
 
-    Mining and eval.py sample one answer a prompt, as many at once as MINED times `slots` and as a rollout has rows.
+    Mining and eval.py sample one answer a prompt, as many at once as a rollout has rows.
     """
     config, new = qwen3_config(name), args.max_new_tokens
-    prompts = min(args.slots, -(-args.batch // n))
-    rows, mined = prompts * args.group_size, MINED * args.slots
+    prompts, rows = min(args.slots, -(-args.batch // n)), args.slots * args.group_size
+    sampled = (prompts * args.group_size, prompts)
     if args.stage in ("all", "ppr"):
-        prompts, rows = max(prompts, mined), max(rows, mined)
+        sampled = (rows, rows)
     updated = (args.micro_tokens, args.lora_rank, args.grad_checkpoint)
-    need = memory_need(config, n, sharded, rows, prompts, new, *updated)
-    rows = args.slots * args.group_size
+    need = memory_need(config, n, sharded, *sampled, new, *updated)
     alone = memory_need(config, 1, True, rows, rows, new, 0)  # a whole copy
     larger = max(alone["weights"], alone["keys, values"])  # these once copied
     return need | {"evaluation": alone["bf16 copy"] + larger}
@@ -762,15 +750,13 @@ def say_memory(args: argparse.Namespace) -> None:
 
 PRESETS = ("tiny", "paper")
 WIDTH, LAYERS = 256, 4
-MODELS = ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507")
-DTYPES = ("auto", "float32", "bfloat16")
 FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and paper), help
     "what to run",
     ("dataset", str, "office", "office (bundled or prepared), office-sim, or a name"),
     ("data-dir", str, None, "folder with items.jsonl and interactions.csv"),
     ("stage", ("all", *STAGES), "all", "which stages to run"),
     ("preset", PRESETS, "tiny", "tiny: bundled agent; paper: Qwen3-4B"),
-    ("model", str, MODELS, "Hugging Face folder or hub id"),
+    ("model", str, ("assets/tiny-agent", "Qwen/Qwen3-4B-Instruct-2507"), "Hugging Face folder or hub id"),
     ("out", str, None, "run folder (default runs/DATASET-SEED)"),
     ("overwrite", bool, False, "replace an existing run folder"),
     ("resume", str, None, "continue this run folder; only --slots, --micro-tokens and --grad-checkpoint can change"),
@@ -813,7 +799,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     "machine",
     ("seed", int, 0, "of training; samples and SASRec stay the same"),
     ("device", str, "auto", "cpu, cuda, ..."),
-    ("dtype", DTYPES, ("auto", "bfloat16"), "of computation; weights stay float32"),
+    ("dtype", ("auto", "float32", "bfloat16"), ("auto", "bfloat16"), "of computation; weights stay float32"),
     ("micro-tokens", int, (MICRO_TOKENS, 8192), "tokens held at once in an update"),
     ("lora-rank", int, 0, "train adapters of this rank only, not all weights"),
     ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
@@ -911,8 +897,7 @@ def unless_given(args: argparse.Namespace, **defaults) -> None:
 def multiplies_bfloat16(device: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware: newer CPUs, and GPUs from Ampere on, do."""
     if device.startswith("cuda"):
-        ready = torch.cuda.is_available()
-        return ready and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.startswith("cpu") else {}
     return not able or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
@@ -964,7 +949,7 @@ def open_run(args: argparse.Namespace) -> Run:
     if rank == 0:
         prepare(args, out, ds)
     over_ranks([0])  # the others wait for what rank 0 prepares
-    ctx = make_context(args, out, ds)
+    ctx = load_context(out, ds, args.title_chars)
     policy = policy or load()
     if args.lora_rank:
         torch.manual_seed(args.seed)  # every rank makes the same adapters
@@ -1013,10 +998,11 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
     for name, fit in (("sasrec", tools_fit), ("sasrec_baseline", fit_baseline)):
         if not (out / f"{name}.safetensors").exists():
             model = fit(ds, progress=f"training {name}")
-            put(out / f"{name}.safetensors", partial(save_sasrec, model))
+            weights = model.state_dict()
+            put(out / f"{name}.safetensors", partial(save_file, weights))
     start = out / "start"  # kept: its tokenizer must not change on resuming
     if args.model == "new" and not start.exists():
-        ctx = make_context(args, out, ds)
+        ctx = load_context(out, ds, args.title_chars)
         texts = demonstration_texts(ctx, ds.splits["train"][:1500], args.k)
         agent = build_tiny_agent(texts, tiny_shape(args.width, args.layers))
         put(start, partial(save_policy, agent))
@@ -1032,18 +1018,10 @@ def update_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> N
         flag = f"--{name.replace('_', '-')}"
         print(f"note: the run was started without {flag}; now it is {now[name]}")
     for name, value in surroundings().items():
-        if config.get(name) != value:
-            print(
-                f"note: {name} was {config.get(name)} and is {value}: digits may differ"
-            )
+        if (was := config.get(name)) != value:
+            print(f"note: {name} was {was} and is {value}: digits may differ")
     if now != config["args"]:
-        put_config(out, config | {"args": now})
-
-
-def make_context(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> Context:
-    """What the tools look things up in."""
-    sasrec = load_sasrec(out / "sasrec.safetensors", len(ds.items))
-    return Context(ds, sasrec, title_limit=args.title_chars)
+        put_json(out / "config.json", [config | {"args": now}], indent=1)
 
 
 def lock(out: pathlib.Path) -> None:
@@ -1062,7 +1040,7 @@ def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> No
     """config.json: every flag, versions, commit and the dataset's fingerprint."""
     config = {"args": vars(args), "tools": trained_tools(vars(args))}
     seen = {"dataset": ds.describe(), "fingerprint": ds.fingerprint()}
-    put_config(out, config | seen | surroundings())
+    put_json(out / "config.json", [config | seen | surroundings()], indent=1)
 
 
 def surroundings() -> dict:
@@ -1078,11 +1056,6 @@ def surroundings() -> dict:
     }
 
 
-def put_config(out: pathlib.Path, config: dict) -> None:
-    """Write config.json whole or not at all."""
-    put(out / "config.json", lambda new: new.write_text(json.dumps(config, indent=1)))
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -1093,13 +1066,6 @@ def evaluate(args: argparse.Namespace, *flags: str) -> None:
     if not args.no_eval and subprocess.run([*command, *flags], check=False).returncode:
         hint = f"what was saved is intact, try: python eval.py {args.out}"
         raise ModelError(f"eval.py failed; {hint}")
-
-
-def release(run: Run) -> None:
-    """Give the memory of a trained model back before eval.py loads it again."""
-    run.policy = run.whole = run.optimizer = run.score = None
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 def main() -> None:
@@ -1132,14 +1098,17 @@ def main() -> None:
     stages = [s for s in stages if s != "warmup" or args.warmup_steps]
     for stage in stages[stages.index(run.stage) if run.stage else 0 :]:
         if run.stage != stage:
-            run.stage, run.step, run.optimizer = stage, 0, None
+            run.stage, run.step, run.optimizers = stage, 0, []
         train_stage(run, stage)
     if n > 1:
         dist.destroy_process_group()
     if rank > 0:
         end_rank(0)
     if args.stage != "warmup":
-        release(run)
+        # the model's memory is eval.py's now
+        run.policy = run.whole = run.optimizers = None
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
         evaluate(args)
     print(f"done: {run.out}; read trajectories with: python eval.py {run.out} --show 3")
     if n > 1:

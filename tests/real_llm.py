@@ -18,7 +18,7 @@ from data import load_dataset
 from grpo import list_reward, rollout_metrics
 from model import TrainRow, add_lora, load_policy, save_policy
 from sasrec import train_sasrec
-from tools import Context, read_profiles
+from tools import Context, load_context
 
 TOOLS = ("get_user_profile",)
 FLAGS = """--dataset office-sim --k 3 --batch 1 --group-size 6 --slots 4 --max-new-tokens 160 --temperature 1 --warmup-steps 24
@@ -81,14 +81,15 @@ def check_logprobs(run: train.Run) -> None:
 def check_profiles(run: train.Run) -> None:
     run.args.stage = "warmup"  # only for the test samples
     train.write_profiles(run)
-    written = list(read_profiles(run.out / train.PROFILES).values())[-2:]
+    kept = load_context(run.out, run.ds, run.args.title_chars).profiles
+    written = list(kept.values())[-2:]
     told(all(written), f"profiles: {written}")
 
 
 def check_learning(run: train.Run, stage: str, steps: int, figure: str) -> None:
     """The mean of the last quarter of the steps is better than that of the first: a lower loss, a higher reward."""
     values, before, began = [], sampled(run), time.process_time()
-    run.optimizer = train.make_optimizer(run, stage)
+    run.optimizers = train.make_optimizers(run, stage)
     for step in range(steps):
         if stage == "warmup":
             metrics, _ = train.warmup_step(run, step)

@@ -31,12 +31,12 @@ def gradients(mine: range) -> dict[str, torch.Tensor]:
     """Each parameter's gradient of the ranks' rows together; rows of a prompt pull in opposite directions."""
     policy = load_policy(find_model("assets/tiny-agent"))
     flags = types.SimpleNamespace(device="cpu")
-    run = types.SimpleNamespace(policy=policy, args=flags, score=None)
+    run = types.SimpleNamespace(policy=policy, args=flags)
     if dist.is_initialized():
         train.shard(run)
     rows = [ROWS[i] for i in mine]
     weights = [(-1.0) ** i for i in mine for _ in ROWS[i].ids]
-    accumulate(policy, PROMPTS, rows, weights, score=run.score)
+    accumulate(policy, PROMPTS, rows, weights)
     named = policy.model.named_parameters()
     return {name: train.whole(p.grad) for name, p in named}
 

@@ -91,7 +91,7 @@ def test_a_filter_leaves_k_candidates_and_a_failed_call_does_not_end_the_plan(pl
     names = [n for n in ALL_TOOLS if n not in ("item_info_search", "get_similar_items")]
     t = play("plan-first", plan(*names, item_info_search="no such thing"), RANK, YES)
     text = observations(policy, t)[0]
-    assert "item_info_search, 15 left: error: no item is named" in text
+    assert "item_info_search, 15 left: error: no item is titled" in text
     assert len(text.split("Candidates left: ")[1].split("\n")[0].split()) == 10
     assert len(t.calls) == len(names) + 1 and t.valid
 

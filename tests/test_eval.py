@@ -9,12 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 import eval as ev
 from data import Dataset, Item, Sample
 from model import ModelError, save_policy
 from rollout import ALL_TOOLS, Task, append, demonstrate, observe
-from sasrec import SASRec, save_sasrec
+from sasrec import SASRec
 from train import parse_args
 
 TINY = pathlib.Path(ev.HERE / "assets" / "tiny-agent")
@@ -136,7 +137,7 @@ def test_a_copied_order_is_told_from_a_fused_one(policy, ctx):
 
 @pytest.fixture
 def args(tmp_path, ctx):
-    save_sasrec(ctx.sasrec, tmp_path / "sasrec.safetensors")
+    save_file(ctx.sasrec.state_dict(), tmp_path / "sasrec.safetensors")
     return argparse.Namespace(
         out=tmp_path, k=10, bonus=0.1, temperature=1.0, max_new_tokens=12,
         dtype="float32", device="cpu", slots=4, seeds=[0], greedy_answer=False,
@@ -385,7 +386,8 @@ def test_report_is_escaped_and_small(tmp_path):
 def test_a_whole_evaluation(monkeypatch, tmp_path, world, ctx, capsys):
     """The bundled agent on a small shop: documented keys, two seeds, probes; the report's payload is JSON."""
     for name in ("sasrec", "sasrec_baseline"):
-        save_sasrec(SASRec(len(world.items)), tmp_path / f"{name}.safetensors")
+        weights = SASRec(len(world.items)).state_dict()
+        save_file(weights, tmp_path / f"{name}.safetensors")
     flags = ("--slots", "2", "--device", "cpu", "--dtype", "float32")
     settings = vars(parse_args(flags))
     config = {"args": settings, "dataset": "d", "fingerprint": world.fingerprint()}

@@ -234,7 +234,7 @@ def test_scaled_logits_are_refused(texts, tmp_path):
     config = transformers.GraniteConfig(**size, **heads)
     transformers.GraniteForCausalLM(config).save_pretrained(tmp_path)
     make_tokenizer(FAMILIES["qwen2"], texts).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="granite does more to its logits"):
+    with pytest.raises(ModelError, match="granite does not compute as our engine does"):
         load_policy(str(tmp_path))
 
 
@@ -254,7 +254,7 @@ def test_layers_that_do_not_attend_as_ours_are_refused(kind, more, texts, tmp_pa
     config = config(**sizes, **heads, **more, num_hidden_layers=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="does not attend as our engine does"):
+    with pytest.raises(ModelError, match="does not compute as our engine does"):
         load_policy(str(tmp_path))
 
 

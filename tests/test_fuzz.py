@@ -141,12 +141,16 @@ def outside_thoughts(turn):
 
 
 def sole(turn, tag):
-    """What stands in the only <tag>; None if that is not clear."""
+    """What stands in the only <tag>, beside which nothing else is opened; None if that is not clear."""
     text = outside_thoughts(turn)
     if text is None or text.count(f"<{tag}>") != 1:
         return None
     found = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return found and found[1]
+    if not found:
+        return None
+    beside = f"{text[: found.start()]} {text[found.end() :]}"
+    others = (f"<{name}>" in beside for name in ("tool_call", "observation", "answer"))
+    return None if any(others) else found[1]
 
 
 def reads_as_call(turn):

@@ -610,18 +610,20 @@ def test_a_profile_written_beforehand_is_inert(nasty, assert_inert):
 
 def test_an_item_is_found_by_the_title_that_is_shown(nasty):
     for item in (NASTY.index(CALL), NASTY.index("\\boxed{A}")):
-        assert nasty.find(nasty.ds.splits["test"][0], nasty.titles[item]) == item
+        found, _ = nasty.find(nasty.ds.splits["test"][0], nasty.titles[item])
+        assert found == item
 
 
 def test_a_misquoted_title_means_the_most_similar_one_of_the_prompt(ctx):
     sample = ctx.ds.splits["test"][0]
     item = sample.candidates[3]
     for title in (ctx.titles[item].upper(), ctx.titles[item][:-2]):
-        assert ctx.find(sample, title) == item
+        assert ctx.find(sample, title)[0] == item
     misquoted = {"item_name": ctx.titles[item][:-2]}
     text = run_call(ctx, sample, Call("item_info_search", misquoted)).text
     assert text.startswith(f"{ctx.titles[item]}: "), "it says which item it took"
-    assert ctx.find(sample, "Qq 123") is None
+    with pytest.raises(ToolError, match="no item is titled 'Qq 123'"):
+        ctx.find(sample, "Qq 123")
 
 
 def test_a_title_that_begins_right_means_the_latest_purchase_that_begins_so(ctx):
@@ -630,8 +632,9 @@ def test_a_title_that_begins_right_means_the_latest_purchase_that_begins_so(ctx)
     past = ctx.ds.item[history(ctx.ds, sample)][::-1]
     for begin in {ctx.titles[i].split()[0] for i in past}:
         latest = next(i for i in past if ctx.titles[i].startswith(begin))
-        assert ctx.find(sample, f"{begin} zzzzzzzzzzzzzzzzzzzzzzzzzz") == latest
-    assert ctx.find(sample, f"{ctx.titles[past[0]][:3]}qqqqqqqqqqqqqqqq") is None
+        assert ctx.find(sample, f"{begin} zzzzzzzzzzzzzzzzzzzzzzzzzz")[0] == latest
+    with pytest.raises(ToolError):
+        ctx.find(sample, f"{ctx.titles[past[0]][:3]}qqqqqqqqqqqqqqqq")
 
 
 def test_a_new_tool_is_a_function_and_an_entry(monkeypatch, policy, ctx):

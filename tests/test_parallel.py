@@ -191,7 +191,8 @@ def test_buffers_on_a_gpu_have_rows_of_whole_16_bytes():
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])
 def test_the_optimizer_is_fused_on_every_gpu(policy, tmp_path, device):
     args = train.parse_args(["--device", device, "--dtype", "float32"])
-    optimizer = train.make_optimizer(train.Run(args, tmp_path, None, None, policy), "rta")  # fmt: skip
+    run = train.Run(args, tmp_path, None, None, policy)
+    (optimizer,) = train.make_optimizers(run, "rta")
     assert optimizer.defaults["fused"] == (device != "cpu")
 
 

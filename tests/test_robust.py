@@ -445,7 +445,7 @@ def rename(weights):
 
 DAMAGE = {  # what is done to a good checkpoint, and what is said about it
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "the tokenizer has no chat template; use an instruct model or set one"),
-    "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no *.safetensors; convert the weights (pickles are not loaded)"),
+    "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "RE:cannot be loaded: Error no file named model.safetensors .+"),
     "NaN": (lambda f: rewrite(f, poison), "some weights are not finite; the checkpoint is damaged"),
     "small vocabulary": (more_tokens, r"RE:\d+ tokens but \d+ embeddings"),
     "cut file": (lambda f: os.truncate(f / "model.safetensors", 9000), "RE:cannot be loaded: .+"),
@@ -549,7 +549,7 @@ def a_run(tmp_path, policy=None):
     weight = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(weight.parameters(), 1e-3)
     policy = SimpleNamespace(model=weight, dtype=torch.float32, decode=str)
-    return train.Run(args, tmp_path, None, None, policy, optimizer=optimizer)
+    return train.Run(args, tmp_path, None, None, policy, optimizers=[optimizer])
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update_and_is_counted(tmp_path):
@@ -569,7 +569,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_counted(tmp_path)
 def test_gradients_are_clipped_and_the_norm_before_that_is_told(tmp_path):
     run = a_run(tmp_path)
     weight = run.policy.model.weight
-    run.optimizer = torch.optim.SGD([weight])
+    run.optimizers = [torch.optim.SGD([weight])]
     before = weight.detach().clone()
     weight.grad = torch.tensor([[3.0, 4.0]])
     assert train.update(run, 0.1)["grad_norm"] == pytest.approx(5)

@@ -20,6 +20,7 @@ from data import Sample, history
 from grpo import Objective
 from model import Float32Muon
 from rollout import Task, Trajectory, add_up, find_series, parse_answer
+from sasrec import SASRec
 
 SAMPLE = Sample(0, 0, 0, tuple(range(20)), 0)
 
@@ -268,13 +269,14 @@ def test_the_tools_sasrec_is_fitted_on_less_than_the_baseline(world, monkeypatch
 
     def of_tools(ds, end, progress):
         fits.append(("tools", end))
+        return SASRec(2)
 
     def of_baseline(ds, progress):
         fits.append(("baseline", progress))
+        return SASRec(2)
 
     monkeypatch.setattr(train, "train_sasrec", of_tools)
     monkeypatch.setattr(train, "fit_baseline", of_baseline)
-    monkeypatch.setattr(train, "save_sasrec", lambda model, path: path.touch())
     args = train.parse_args(["--without-tool", "get_similar_items"])
     args.resumed = False
     train.prepare(args, tmp_path / "r", world)
@@ -441,7 +443,7 @@ def test_a_warm_up_has_muon_for_the_layers_matrices(policy, tmp_path, device, dt
     """In float32 where bfloat16 would be emulated; embeddings and norms are AdamW's."""
     args = train.parse_args(["--stage", "warmup", "--device", device, "--dtype", dtype])
     run = train.Run(args, tmp_path, None, None, policy)
-    muon, adam = train.make_optimizer(run, "warmup").parts
+    muon, adam = train.make_optimizers(run, "warmup")
     assert type(muon) is kind
     matrices, rest = ([p for g in x.param_groups for p in g["params"]] for x in (muon, adam))  # fmt: skip
     assert [p.ndim for p in matrices] == [2] * 7 * 2
@@ -490,10 +492,7 @@ def test_without_tools_the_answer_is_sampled():
     assert train.parse_args(["--no-tools", "--greedy-answer"]).greedy_answer
 
 
-def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
-    small, monkeypatch, tmp_path
-):
-    """The bundled agent's embeddings of A and B had become one, so that it answered all pairs with one letter."""
+def test_the_warm_up_stresses_the_end_of_pairs(small, monkeypatch, tmp_path):
     seen, original = [], train.accumulate
 
     def watching(policy, prompts, rows, weights, *more, **how):
@@ -511,12 +510,7 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
         return original(policy, prompts, rows, weights, *more, **how)
 
     monkeypatch.setattr(train, "accumulate", watching)
-    policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
-    table = policy.model.get_input_embeddings().weight
-    a, b = (policy.encode(letter)[-1] for letter in "AB")
-    table.data[b] = table.data[a]
-    train.save_policy(policy, tmp_path / "agent")
-    flags = ("--stage", "warmup", "--model", tmp_path / "agent", "--warmup-steps", 1)
+    flags = ("--stage", "warmup", "--model", "assets/tiny-agent", "--warmup-steps", 1)
     flags += ("--dtype", "float32", "--batch", 6, "--group-size", 1)
     run_main(monkeypatch, *flags, "--out", tmp_path / "r")
     assert {pair for pair, *_ in seen} == {True, False}
@@ -525,11 +519,6 @@ def test_the_warm_up_stresses_the_end_of_pairs_and_separates_the_letters(
         assert set(weights[:-ending]) <= {1.0}
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["args"]["dataset"] == "office-sim", "whatever office comes to mean"
-    after = train.load_policy(str(tmp_path / "r" / "warmup"))
-    after = after.model.get_input_embeddings().weight
-    assert torch.cosine_similarity(after[a], after[b], dim=0) < 0.9
-    moved = (after - table).norm(dim=1) / table.norm(dim=1)
-    assert moved.argsort()[-2:].sort().values.tolist() == sorted([a, b]), "only those"
 
 
 def test_a_new_agent_has_the_width_and_layers_asked_for(small, monkeypatch, tmp_path):
@@ -609,7 +598,7 @@ def test_the_answer_weighs_double_whatever_the_tokens_of_its_tag(
     plain.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     plain.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet))
-    agent = train.build_tiny_agent(texts, {"num_hidden_layers": 1})
+    agent = train.build_tiny_agent(texts, train.tiny_shape(layers=1))
     agent.tokenizer = type(agent.tokenizer)(
         tokenizer_object=plain,
         eos_token="!",
