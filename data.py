@@ -315,7 +315,7 @@ def make_catalogue(rng: Generator, n_items: int = 1800) -> tuple[list[Item], dic
 
 
 def simulate_office(n_users: int = 2000, seed: int = 7) -> Dataset:
-    """A shop whose users differ in which evidence predicts them; generated in under 2 s.
+    """A shop whose users differ in which evidence predicts them; generated in about 2 s.
 
     Each user has one main and two lesser drivers among EVIDENCE, hidden tastes (favourite brand, price band, style,
     loved and hated categories) and a project that changes now and then. An item's utility is the weighted sum of

@@ -459,7 +459,7 @@ def by_groups(args, ctx: Context, samples: list[Sample], rows: Rows) -> dict:
 
 
 def summarize(rows: Rows, samples: list[Sample], args) -> dict:
-    """eval.json: every row's metrics with intervals, and paired differences of each agent to each other row."""
+    """eval.json: every row's metrics with intervals, and paired differences of the FINAL rows to each other row."""
     value = {(n, m): column(x, m, args.k) for n, x in rows.items() for m in METRICS}
     pairs = [(a, b) for a in FINAL if a in rows for b in rows if b != a]
     value |= {(a, b, m): value[a, m] - value[b, m] for a, b in pairs for m in METRICS}

@@ -1,11 +1,11 @@
 """The policy: a Hugging Face causal LM whose rollout and update share the prompt's keys and values in a group.
 
-G trajectories of one prompt have one prefix. `RaggedBatch` (sampling) and `token_logprobs` (training) compute it once and let
-every row attend to it beside its own suffix; suffixes grow at their own pace and nothing is ever prefilled again.
+G trajectories of one prompt have one prefix. `RaggedBatch` (sampling) and `token_logprobs` (training) compute it once
+and let every row attend to it beside its own suffix; suffixes grow at their own pace and nothing is prefilled again.
 
 How: transformers hands attention to a function registered by name and passes unknown keyword arguments of `forward`
-on to it. Ours, `shared_prefix_attention`, receives `past`, which says what each new token may see. This works for any
-decoder of transformers that uses the attention interface without sliding windows (Llama, Qwen2/3, SmolLM, ...).
+on to it. Ours, `shared_prefix_attention`, receives `past`, which says what each new token may see. This works for
+decoders of transformers that use the attention interface (Llama, Qwen2/3, ...), within their sliding windows if any.
 
 The last prompt token is not part of the prefix: it is the first input of every row, so that its output predicts the
 first action token. Shapes: P prompts, G rows a prompt, B = P*G, T tokens, H heads, K kv heads, D head size, V vocabulary.
@@ -646,8 +646,8 @@ def token_logprobs(
     """Log-probabilities [N] (with gradient) and entropies [N] of all action tokens, row after row.
 
     Each prompt's forward runs once (or has run: `shared` is from share_prompts) and its keys and values are shared, with
-    gradient, by its rows; the vocabulary projection runs at action positions only. The shift from logits to tokens
-    happens here and nowhere else.
+    gradient, by its rows; the vocabulary projection runs at action positions only. Training shifts
+    logits to the next token here and nowhere else.
     """
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
     # all ranks of a sharded model must make equally many forwards, whatever their prompts

@@ -548,6 +548,17 @@ TOPIC = {  # what a demonstration's thought calls each tool
 SERIES = "Series"  # the thought that reads the titles themselves; no tool does
 
 
+def draw_evidence(choices: list[str], rng, n: int, ask_again: float) -> list[str]:
+    """n of the choices in random order, now and then with repeats; in a share `ask_again` tools come once more."""
+    names = rng.permutation(choices)[:n]
+    if rng.random() < 0.1:
+        names = rng.choice(choices, len(names))
+    if ask_again and rng.random() < ask_again:
+        more = [x for x in names if x != SERIES and rng.random() < 0.5]
+        names = rng.permutation([*names, *more])
+    return [str(name) for name in names]
+
+
 def demonstrate(
     policy: Policy,
     ctx: Context,
@@ -573,15 +584,8 @@ def demonstrate(
     n_steps = rng.integers(bool(task.pair), max_steps + 1)
     if hasty and not task.pair:
         n_steps = rng.integers(2) * rng.integers(max_steps)
-    choices = [*tools, SERIES]
-    names = rng.permutation(choices)[:n_steps]
-    if rng.random() < 0.1:  # some are asked for twice
-        names = rng.choice(choices, len(names))
-    if ask_again and rng.random() < ask_again:
-        more = [x for x in names if x != SERIES and rng.random() < 0.5]
-        names = rng.permutation([*names, *more])
     total = np.zeros(len(task.sample.candidates), int)
-    for name in map(str, names):
+    for name in draw_evidence([*tools, SERIES], rng, n_steps, ask_again):
         if name == SERIES:
             thought, shown = read_titles(ctx, task.sample)
             append(t, policy.encode(thought), action=1)
