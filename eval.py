@@ -479,6 +479,7 @@ def interval(x: dict[str, float]) -> str:
 
 
 def signed(x: dict[str, float]) -> str:
+    """+0.012 [-0.003, +0.026]."""
     return f"{x['mean']:+.3f} [{x['lo']:+.3f}, {x['hi']:+.3f}]"
 
 
@@ -639,7 +640,10 @@ def show(name: str, lines: list[dict]) -> None:
 
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        usage="python eval.py RUN [--flag value ...]; all flags: python eval.py --help",
+        description=__doc__, formatter_class=raw, allow_abbrev=False,
+    )  # fmt: skip
     add = parser.add_argument
     add("out", type=pathlib.Path, metavar="RUN", help="run folder made by train.py")
     add("--split", choices=["valid", "test"], default="test", help="what to rank")

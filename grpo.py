@@ -55,7 +55,7 @@ def list_reward(t: Trajectory, k: int, bonus: float = BONUS) -> float:
     rank = rank_of_positive(t)
     if rank is None:
         return NOT_RANKED
-    return ndcg(rank, k) + bonus * (rank == 1 and len(t.calls) > 0)
+    return ndcg(rank, k) + bonus * (rank == 1 and len(t.calls) > 0)  # Eq. 1
 
 
 def group_advantages(
@@ -66,7 +66,7 @@ def group_advantages(
     `divide_by_std` is the common GRPO variant; it weights groups by 1/std and breaks Proposition 1.
     """
     G = rewards.shape[1]
-    advantages = rewards - rewards.mean(1, keepdims=True)
+    advantages = rewards - rewards.mean(1, keepdims=True)  # R_g - b of Eq. 6
     if baseline == "loo":
         advantages = advantages * G / (G - 1)
     if divide_by_std:

@@ -44,7 +44,8 @@ def read_pairs(path: pathlib.Path) -> list[HardPair]:
 
 def violation_pool(answer: list[int], positive: int) -> list[int]:
     """Eq. 3: the items ranked before the positive; all ranked items if it is not among them; empty if it is first."""
-    return answer[: answer.index(positive)] if positive in answer else list(answer)
+    before = answer.index(positive) if positive in answer else len(answer)
+    return answer[:before]  # Eq. 3
 
 
 def mine(
@@ -89,7 +90,7 @@ def pair_tasks(
         for more, positive_is_a in zip(directions, shown_as_a):
             order = (pair.positive, pair.negative)
             order = order if positive_is_a[i] else order[::-1]
-            tasks.append(Task(samples[pair.sample], order, more))
+            tasks.append(Task(samples[pair.sample], order, more))  # Eq. 4
     return tasks
 
 
@@ -114,7 +115,7 @@ def reward(ctx: Context, t: Trajectory, k: int, bonus: float) -> float:
 
 def bidirectional_loss(delta: torch.Tensor) -> torch.Tensor:
     """-log P_pos - log P_neg = 2 log(1 + e^-delta) for delta = s(c+) - s(c-); at least 2 log 2 * 1[delta < 0] (Prop. 2)."""
-    return 2 * torch.nn.functional.softplus(-delta)
+    return 2 * torch.nn.functional.softplus(-delta)  # Prop. 2
 
 
 def letter_rows(policy: Policy, t: Trajectory, prompt: int) -> list[TrainRow]:

@@ -187,6 +187,7 @@ def shares(values: list[str | None]) -> str:
 
 
 def dollars(price: float) -> str:
+    """A price in few tokens."""
     return f"${price:.0f}" if price >= 1 else f"${price:.2f}"
 
 
