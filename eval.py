@@ -27,16 +27,33 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.utils.hub import cached_file
 
-from data import DatasetError, Sample, history, load_dataset, read_jsonl, run_main
+from data import (
+    Dataset,
+    DatasetError,
+    Sample,
+    history,
+    load_dataset,
+    read_jsonl,
+    run_main,
+)
 from grpo import ndcg, rank_of_positive
-from model import ModelError, Policy, check_device, find_model, load_policy, read_config
+from model import (
+    TINY_TEMPLATE,
+    ModelError,
+    Policy,
+    check_device,
+    find_model,
+    load_policy,
+    read_config,
+)
 from ppr import pair_tasks, read_pairs, reward
 from rollout import ALL_TOOLS, STRATEGIES, Task, read_titles, rollout, trained_tools
-from sasrec import load_sasrec
+from sasrec import SASRec, fit_baseline, load_sasrec
 from tools import Context, load_context, tool_scores
 
 HERE = pathlib.Path(__file__).parent
@@ -188,12 +205,22 @@ def best_subset(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.array(max(found)[1])
 
 
+def baseline_sasrec(run: pathlib.Path, ds: Dataset) -> SASRec:
+    """SASRec on the whole 80%, fitted when an evaluation of this run first needs it."""
+    path = run / "sasrec_baseline.safetensors"
+    if not path.exists():
+        new = path.with_name(path.name + ".new")  # a kill leaves no half file
+        save_file(fit_baseline(ds, "training sasrec_baseline").state_dict(), new)
+        new.replace(path)
+    return load_sasrec(path, len(ds.items))
+
+
 def baseline_scores(ctx: Context, out: pathlib.Path, samples: list[Sample]) -> dict:
     """[n, 20] scores of every row that is not an agent."""
     ds = ctx.ds
     candidates = np.array([s.candidates for s in samples])
     bought = ds.item[: np.searchsorted(ds.time, ds.train_end)]
-    sasrec = load_sasrec(out / "sasrec_baseline.safetensors", len(ds.items))
+    sasrec = baseline_sasrec(out, ds)
     states = sasrec.states([ds.item[ds.before(s.user, s.time)] for s in samples])
     rows = {
         "random": np.zeros(candidates.shape),
@@ -347,7 +374,11 @@ def play(args, ctx, agent: Agent, tasks: list[Task], seed: int, off=()) -> list[
         ctx.unavailable = off
         ctx._memory.clear()  # so that tools take the time of a first call
         file.parent.mkdir(exist_ok=True)
-        title = f"evaluating {agent.name}" + "".join(f" without {name}" for name in off)
+        doing = "asking pairs of" if missing[0].pair else "evaluating"
+        title = f"{doing} {agent.name}" + "".join(f" without {name}" for name in off)
+        tiny = policy.tokenizer.chat_template == TINY_TEMPLATE
+        if tiny and agent.strategy != "react":
+            print(f"note: {agent.path} is shown no instructions: {agent.name} needs a chat model")  # fmt: skip
         bar = tqdm(total=len(missing), desc=title, unit="sample", leave=False)
         with bar, file.open("a", buffering=1) as f:
             f.write("\n")  # ends a line that an interruption cut
@@ -630,7 +661,8 @@ def show(name: str, lines: list[dict]) -> None:
     """Print trajectories: prompt, what the agent wrote and read, and what the user really bought."""
     for t in lines:
         bought = f"user {t['user']}, bought {t['positive']} ({t['title']})"
-        print(f"\n=== {name}, {bought}: rank {t['rank']}, reward {t['reward']:.3f}")
+        found = f"rank {t['rank']}, reward {t['reward']:.3f}, end: {t['end']}"
+        print(f"\n=== {name}, {bought}: {found}")
         print(t["prompt"])
         print(re.sub("(</observation>|</tool_call>)", r"\1\n", t["text"]))
 

@@ -103,7 +103,7 @@ from rollout import (
     rollout,
     trained_tools,
 )
-from sasrec import fit_baseline, train_sasrec
+from sasrec import train_sasrec
 from tools import PROFILES, Context, load_context
 
 try:
@@ -494,7 +494,10 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
         flag = f"--max-new-tokens {args.max_new_tokens}"
         tqdm.write(f"warning: {cut:.0%} of answers were cut by {flag}")
     if metrics.get("valid") == 0:
-        hint = f"does the agent know rankings of --k {args.k}? if not: --stage warmup"
+        known = (
+            "rankings of this --k" if args.k != 10 else "such titles, tools and forms"
+        )
+        hint = f"does the agent know {known}? if not: --stage warmup"
         tqdm.write(f"warning: no answer was valid; {hint}")
     kl = metrics.get("kl_sampler_trainer") or 0
     if kl > (1e-4 if run.policy.dtype == torch.float32 else 1e-2):  # bf16 is coarse
@@ -984,7 +987,7 @@ def check_folder(args: argparse.Namespace, out: pathlib.Path) -> None:
 
 
 def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
-    """The run folder: made or checked, with its SASRec models and, for `--model new`, the agent to start from."""
+    """The run folder: made or checked, with its tools' SASRec and, for `--model new`, the agent to start from."""
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if not args.resumed:
@@ -994,12 +997,10 @@ def prepare(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> None:
         write_config(args, out, ds)
     else:
         update_config(args, out, ds)
-    tools_fit = partial(train_sasrec, end=ds.fit_end)
-    for name, fit in (("sasrec", tools_fit), ("sasrec_baseline", fit_baseline)):
-        if not (out / f"{name}.safetensors").exists():
-            model = fit(ds, progress=f"training {name}")
-            weights = model.state_dict()
-            put(out / f"{name}.safetensors", partial(save_file, weights))
+    path = out / "sasrec.safetensors"
+    if not path.exists():
+        model = train_sasrec(ds, ds.fit_end, progress="training sasrec")
+        put(path, partial(save_file, model.state_dict()))
     start = out / "start"  # kept: its tokenizer must not change on resuming
     if args.model == "new" and not start.exists():
         ctx = load_context(out, ds, args.title_chars)
@@ -1045,7 +1046,8 @@ def write_config(args: argparse.Namespace, out: pathlib.Path, ds: Dataset) -> No
 
 def surroundings() -> dict:
     """What besides flags and data decides a run's digits."""
-    git, commit = ["git", "-C", str(HERE), "rev-parse", "HEAD"], ""
+    git, commit = ["git", "-C", str(HERE)], ""
+    git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
@@ -1095,7 +1097,8 @@ def main() -> None:
         evaluate(args, "--rows", "frozen")
         run.policy.model.to(run.policy.device)
     stages = [s for s in STAGES if args.stage in ("all", s)]
-    stages = [s for s in stages if s != "warmup" or args.warmup_steps]
+    idle = {"warmup": args.warmup_steps == 0, "ppr": args.ppr_steps == 0}
+    stages = [s for s in stages if not idle.get(s)]
     for stage in stages[stages.index(run.stage) if run.stage else 0 :]:
         if run.stage != stage:
             run.stage, run.step, run.optimizers = stage, 0, []

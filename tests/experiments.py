@@ -30,7 +30,7 @@ from readme_table import put_into_readme
 
 from data import load_dataset, read_jsonl
 from eval import intervals, metric, task_key
-from rollout import Task
+from rollout import ALL_TOOLS, Task
 
 STAGE_1 = {
     "default": "",
@@ -47,13 +47,7 @@ STAGE_1 = {
     "negative groups kept": "--keep-negative-groups",
     "answers sampled": "--no-greedy-answer",
     "form not taught": "--no-teach-form",
-} | {
-    f"no {name}": f"--without-tool {name}"
-    for name in (
-        "get_user_profile", "item_info_search", "candidates_analyze", "get_session_behavior",
-        "get_rating_behavior", "get_similar_items", "get_similar_users",
-    )
-}  # fmt: skip
+} | {f"no {name}": f"--without-tool {name}" for name in ALL_TOOLS}
 # agents of other sizes; make them first, as the bundled one was: train.py --stage warmup --dataset office-sim
 # --width 64 --batch 8 --group-size 5 --out runs/size-64
 STAGE_1 |= {f"width {n}": f"--model {{runs}}/size-{n}/warmup" for n in (64, 128, 192)}

@@ -310,7 +310,7 @@ def test_user_shows_all_of_a_users_samples(monkeypatch, ctx, capsys):
     """However few --samples are evaluated; and profiles that no model has written are counted."""
     agents, pool = [ev.Agent(x, "x", ()) for x in ("frozen", "rta")], ctx.ds.splits["test"]  # fmt: skip
     config = {"args": {"profiles": "llm"}}
-    line = {"positive": 3, "title": "Pen", "rank": 1, "reward": 1.1, "prompt": "Rank.", "text": ""}  # fmt: skip
+    line = {"positive": 3, "title": "Pen", "rank": 1, "reward": 1.1, "end": "answer", "prompt": "Rank.", "text": ""}  # fmt: skip
 
     def play(args, ctx, agent, tasks, seed):
         return [line | {"user": ctx.ds.users[t.sample.user]} for t in tasks]
@@ -323,7 +323,7 @@ def test_user_shows_all_of_a_users_samples(monkeypatch, ctx, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, name])
     ev.main()
     told = capsys.readouterr().out
-    shown = f"=== rta, user {name}, bought 3 (Pen): rank 1, reward 1.100\nRank.\n"
+    shown = f"=== rta, user {name}, bought 3 (Pen): rank 1, reward 1.100, end: answer\nRank.\n"
     assert told.count(shown) == n > 1
     assert "note: 1 of 1 have the template's profile" in told
     monkeypatch.setattr(sys, "argv", [*argv, "nobody"])

@@ -72,6 +72,21 @@ def test_baselines_see_nothing_from_a_samples_time_or_later(ctx, tmp_path, chang
             assert np.array_equal(want[name], got[name]), name
 
 
+def test_the_baselines_sasrec_is_fitted_once_and_only_when_needed(
+    ctx, tmp_path, monkeypatch
+):
+    fits = []
+
+    def fit(ds, progress):
+        fits.append(ds)
+        return SASRec(len(ds.items))
+
+    monkeypatch.setattr(ev, "fit_baseline", fit)
+    first, again = (ev.baseline_sasrec(tmp_path, ctx.ds) for _ in "ab")
+    assert fits == [ctx.ds]
+    assert torch.equal(first.items.weight, again.items.weight)
+
+
 def test_fusions_are_fitted_to_training_samples(ctx, tmp_path, monkeypatch):
     save_file(
         SASRec(len(ctx.ds.items)).state_dict(), tmp_path / "sasrec_baseline.safetensors"

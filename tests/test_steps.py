@@ -43,7 +43,6 @@ def a_run(world, tmp_path, *flags, ctx=None, policy=None):
 
 def test_a_resumed_run_refuses_another_dataset(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_sasrec", lambda *_, **__: SASRec(5))
-    monkeypatch.setattr(train, "fit_baseline", lambda *_, **__: SASRec(5))
     args = train.parse_args([])
     args.resumed = False
     train.prepare(args, tmp_path / "r", world)

@@ -264,26 +264,23 @@ def test_bfloat16_is_for_machines_that_multiply_it(monkeypatch):
         supported.assert_called_with(including_emulation=False)
 
 
-def test_the_tools_sasrec_is_fitted_on_less_than_the_baseline(world, monkeypatch, tmp_path):  # fmt: skip
+def test_the_tools_sasrec_is_fitted_before_the_agents_training_samples(world, monkeypatch, tmp_path):  # fmt: skip
     fits = []
 
-    def of_tools(ds, end, progress):
-        fits.append(("tools", end))
+    def fit(ds, end, progress):
+        fits.append((end, progress))
         return SASRec(2)
 
-    def of_baseline(ds, progress):
-        fits.append(("baseline", progress))
-        return SASRec(2)
-
-    monkeypatch.setattr(train, "train_sasrec", of_tools)
-    monkeypatch.setattr(train, "fit_baseline", of_baseline)
+    monkeypatch.setattr(train, "train_sasrec", fit)
     args = train.parse_args(["--without-tool", "get_similar_items"])
     args.resumed = False
     train.prepare(args, tmp_path / "r", world)
-    progress = "training sasrec_baseline"
-    assert fits == [("tools", world.fit_end), ("baseline", progress)]
+    assert fits == [(world.fit_end, "training sasrec")]
     config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert len(config["tools"]) == 6 and "get_similar_items" not in config["tools"]
+    assert (
+        len(config["tools"]) == len(train.ALL_TOOLS) - 1
+        and "get_similar_items" not in config["tools"]
+    )
 
 
 def test_a_rank_rewards_what_it_sampled_before_all_get_it(world, ctx, policy, monkeypatch, tmp_path):  # fmt: skip
