@@ -68,12 +68,17 @@ def run_main(main: Callable[[], None], stopped: str, *errors: type) -> None:
     except (DatasetError, *errors) as error:
         reason = str(error)
     except OSError as error:  # a full disk, a folder without write permission
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if error.strerror:
             where = error.filename or "the run folder"
             reason = f"{where}: cannot be read or written ({error.strerror})"
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -82,9 +87,8 @@ def reading(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        why = next(iter(str(e).splitlines()), type(e).__name__)
         hint = "restore it, or start a new run"
-        raise DatasetError(f"{path}: cannot be read ({why}); {hint}") from e
+        raise DatasetError(f"{path}: cannot be read ({first_line(e)}); {hint}") from e
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict]:
@@ -232,9 +236,9 @@ def draw_sample(ds: Dataset, row: int, seed: int) -> Sample:
 def make_splits(ds: Dataset, seed: int = 0) -> None:
     """Cut the samples 80/10/10 by time into fit + train, valid and test.
 
-    Every interaction but a user's first is a sample. The 80% are cut once more: their first
-    seven eighths ("fit") only fit SASRec and the tools' statistics (and occur in the warm-up's demonstrations, which
-    look at no positive), the last eighth trains the agent.
+    Every interaction but a user's first is a sample. The 80% are cut once more: their first seven eighths ("fit") only
+    fit SASRec and the tools' statistics (and occur in the warm-up's demonstrations, which look at no positive), the
+    last eighth trains the agent.
     """
     rows = np.sort(np.concatenate([rows[1:] for rows in ds.by_user]))
     n = len(rows)

@@ -585,7 +585,9 @@ def length_bias(length: Tensor, T: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(absent, dtype=dtype).masked_fill_(absent, -torch.inf)
 
 
-def sample_tokens(logits: Tensor, temperature: float, uniform: Tensor, greedy: Tensor):
+def sample_tokens(
+    logits: Tensor, temperature: float, uniform: Tensor, greedy: Tensor
+) -> tuple[Tensor, Tensor]:
     """[B, V] logits to [B] tokens and [B] log-probabilities at `temperature`; 0 is greedy (log-probabilities at 1).
 
     Rows in the [B] mask `greedy` take the likeliest token. Inverse-CDF sampling from one uniform number a row, so that
@@ -646,8 +648,8 @@ def token_logprobs(
     """Log-probabilities [N] (with gradient) and entropies [N] of all action tokens, row after row.
 
     Each prompt's forward runs once (or has run: `shared` is from share_prompts) and its keys and values are shared, with
-    gradient, by its rows; the vocabulary projection runs at action positions only. Training shifts
-    logits to the next token here and nowhere else.
+    gradient, by its rows; the vocabulary projection runs at action positions only. Training shifts logits to the next
+    token here and nowhere else.
     """
     inputs = [[prompts[r.prompt][-1], *r.ids[:-1]] for r in rows]
     # all ranks of a sharded model must make equally many forwards, whatever their prompts
@@ -780,7 +782,7 @@ TINY_PIECES = (  # what the byte-level BPE may not merge across: a call, a score
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 
 
-def tiny_shape(width: int = 256, layers: int = 4) -> dict[str, int]:
+def tiny_shape(width: int, layers: int) -> dict[str, int]:
     """Sizes of a Qwen3 of this hidden size, a multiple of 64."""
     sizes = (width, 2 * width, layers, width // 32, width // 64, 32)
     return dict(zip(SIZES.split(), sizes, strict=True))

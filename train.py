@@ -45,6 +45,7 @@ from data import (
     Dataset,
     DatasetError,
     Sample,
+    first_line,
     load_dataset,
     reading,
     run_main,
@@ -494,10 +495,8 @@ def log_step(run: Run, metrics: dict, groups: list) -> None:
         flag = f"--max-new-tokens {args.max_new_tokens}"
         tqdm.write(f"warning: {cut:.0%} of answers were cut by {flag}")
     if metrics.get("valid") == 0:
-        known = (
-            "rankings of this --k" if args.k != 10 else "such titles, tools and forms"
-        )
-        hint = f"does the agent know {known}? if not: --stage warmup"
+        what = "rankings of this --k" if args.k != 10 else "such titles and tools"
+        hint = f"does the agent know {what}? if not: --stage warmup"
         tqdm.write(f"warning: no answer was valid; {hint}")
     kl = metrics.get("kl_sampler_trainer") or 0
     if kl > (1e-4 if run.policy.dtype == torch.float32 else 1e-2):  # bf16 is coarse
@@ -549,9 +548,8 @@ def put(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
         write(new)
     except Exception as e:  # torch, safetensors and tokenizers have kinds of their own
         remove(new)
-        why = next(iter(str(e).splitlines()), type(e).__name__)
         raise ModelError(
-            f"{path}: cannot be written ({why}); what was saved before is intact: "
+            f"{path}: cannot be written ({first_line(e)}); what was saved before is intact: "
             f"mend that (a full disk?), then: python train.py --resume {path.parent}"
         ) from e
     if path.is_dir():
@@ -874,9 +872,8 @@ def fill_in(args: argparse.Namespace) -> None:
         unless_given(args, exercise_steps=args.warmup_steps // 6)
     if args.lora_rank and args.preset == "paper":
         unless_given(args, lr=ADAPTER_LR, ppr_lr=ADAPTER_LR, warmup_lr=ADAPTER_LR)
-    if not trained_tools(
-        vars(args)
-    ):  # else a group's trajectories would all be the same
+    if not trained_tools(vars(args)):
+        # else a group's trajectories would all be the same
         unless_given(args, greedy_answer=False)
     epochs = {"steps": args.epochs, "ppr_steps": args.ppr_epochs}  # if given, decide
     for name, _, default, _ in (flag for flag in FLAGS if not isinstance(flag, str)):

@@ -113,12 +113,15 @@ def test_a_checkpoint_is_complete_whenever_it_is_killed_twice_over(monkeypatch, 
     assert os.listdir(tmp_path / "x") == ["last"], "nothing is left lying about"
 
 
-def test_a_failure_without_a_message_is_told_by_its_kind(tmp_path):
-    def fail(new):
-        raise MemoryError
+def test_a_failure_without_a_message_is_told_by_its_kind(tmp_path, capsys):
+    def fail(*_):
+        raise TimeoutError
 
-    with pytest.raises(ModelError, match=r"cannot be written \(MemoryError\); what"):
+    with pytest.raises(ModelError, match=r"cannot be written \(TimeoutError\); what"):
         train.put(tmp_path / "last", fail)
+    with pytest.raises(SystemExit):
+        train.run_main(fail, "stopped")
+    assert capsys.readouterr().err == "error: TimeoutError\n"
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "text", "policy"])

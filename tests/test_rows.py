@@ -151,6 +151,17 @@ def test_an_agent_plays_by_the_seed_its_tools_and_k(args, ctx, policy, monkeypat
     assert asked == wanted
 
 
+def test_an_agent_without_instructions_is_told_and_pairs_are_named(args, ctx, policy, capsys):  # fmt: skip
+    save_policy(policy, args.out / "agent")
+    path, sample = str(args.out / "agent"), ctx.ds.splits["test"][0]
+    ev.play(args, ctx, ev.Agent("rta", path), [Task(sample, (3, 5))], 0)
+    told = capsys.readouterr()
+    assert "asking pairs of rta" in told.err and not told.out
+    ev.play(args, ctx, ev.Agent("plan", path, strategy="plan-first"), [Task(sample)], 0)
+    told = capsys.readouterr()
+    assert "evaluating plan" in told.err and "plan needs a chat model" in told.out
+
+
 def test_whatever_shapes_a_trajectory_has_rows_of_its_own(args, ctx, policy):
     save_policy(policy, args.out / "agent")
     agent = ev.Agent("a", str(args.out / "agent"))

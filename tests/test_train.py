@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -595,7 +596,7 @@ def test_the_answer_weighs_double_whatever_the_tokens_of_its_tag(
     plain.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     plain.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet))
-    agent = train.build_tiny_agent(texts, train.tiny_shape(layers=1))
+    agent = train.build_tiny_agent(texts, train.tiny_shape(256, 1))
     agent.tokenizer = type(agent.tokenizer)(
         tokenizer_object=plain,
         eos_token="!",
@@ -619,6 +620,34 @@ def test_the_answer_weighs_double_whatever_the_tokens_of_its_tag(
     light = tokenizer.decode([i for i, w in seen if w == 1])
     assert heavy.count("<answer>") == heavy.count("</answer>") == 4
     assert "<think>" not in heavy and "<think>" in light and "answer" not in light
+
+
+def test_a_new_agents_warm_up_has_the_batch_of_the_bundled_one():
+    for flags, batch in (["--stage", "warmup"], (8, 5)), ([], (12, 8)):
+        args = train.parse_args(flags)
+        assert (args.batch, args.group_size) == batch
+    given = train.parse_args(["--stage", "warmup", "--batch", "3"])
+    assert (given.batch, given.group_size) == (3, 5)
+
+
+def test_no_steps_of_stage_2_need_no_pairs(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "mine_pairs", lambda run: pytest.fail("mined"))
+    flags = (*SHORT, "--steps", 0, "--ppr-steps", 0, "--no-eval")
+    run_main(monkeypatch, *flags, "--out", tmp_path / "r")
+    assert (tmp_path / "r/rta").is_dir() and not (tmp_path / "r/ppr").exists()
+
+
+def test_a_runs_commit_tells_edits_that_are_not_committed(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    assert train.surroundings()["commit"] is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "a.py").write_text("1")
+    for more in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", "v1"]):
+        subprocess.run([*git, *more], check=True)
+    clean = train.surroundings()["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "a.py").write_text("2")
+    assert train.surroundings()["commit"] == f"{clean}-dirty"
 
 
 def test_exercises_come_first_in_a_warm_up(small, monkeypatch, tmp_path):
