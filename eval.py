@@ -362,7 +362,7 @@ def record(args, ctx: Context, policy: Policy, file, bar, clock, group: list) ->
 
 
 def play(args, ctx, agent: Agent, tasks: list[Task], seed: int, off=()) -> list[dict]:
-    """A line for each task, from RUN/rows/ or sampled now and kept there; tools in `off` answer that they are not available."""
+    """A line for each task, from RUN/rows/ or sampled now and kept there; tools in `off` are not available."""
     file = row_file(args, ctx, agent, seed, off)
     kept = {line["task"]: line for line in read_jsonl(file)}
     missing = [task for task in tasks if task_key(task) not in kept]
@@ -371,6 +371,7 @@ def play(args, ctx, agent: Agent, tasks: list[Task], seed: int, off=()) -> list[
     if missing:
         policy = load_policy(agent.path, args.device, args.dtype)
         policy.model = policy.sampler()  # without fp32 matrices that nobody trains
+        policy.graphs = args.cuda_graphs
         ctx.unavailable = off
         ctx._memory.clear()  # so that tools take the time of a first call
         file.parent.mkdir(exist_ok=True)
@@ -717,6 +718,8 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
     for name in ("greedy_answer", "k", "bonus", "dtype", "max_new_tokens"):
         setattr(args, name, own[name])
     args.device = args.device or own["device"]
+    # runs from before that flag have none
+    args.cuda_graphs = own.get("cuda_graphs") and args.device.startswith("cuda")
     if args.samples is None:
         args.samples = own["test_samples"]
     check_device(args.device)

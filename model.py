@@ -185,6 +185,7 @@ class Policy:
     pieces: dict[int, str] = field(default_factory=dict)
     # token_logprobs where parameters are sharded: its forward gathers them
     score: Callable | None = None
+    graphs: bool = False  # sampling replays CUDA graphs
 
     def __post_init__(self):
         self.model.set_attn_implementation("shared_prefix")
@@ -485,6 +486,7 @@ class RaggedBatch:
         self.own: list[LayerKV] = []  # a layer: [P, K, G, S, D]
         self.prompt_length = [0] * slots
         self.length = [0] * (slots * group)  # tokens in each row's suffix
+        self.inputs: list[Tensor] = []  # of the captured decode step, if any
 
     @torch.inference_mode()
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> None:
@@ -537,29 +539,70 @@ class RaggedBatch:
     @torch.inference_mode()
     def decode(self, rows: list[int], tokens: list[int]) -> Tensor:
         """Feed one token to each of n rows and return [n, V] fp32 logits."""
-        P, G, device = self.slots, self.group, self.policy.device
         reserve(self.own, max(self.length) + 1)
+        if self.policy.graphs:
+            # one shape for every step: the other rows' token will be written over
+            known = dict(zip(rows, tokens))
+            everyone = range(len(self.length))
+            inputs = self._inputs([*everyone], [known.get(r, 0) for r in everyone])
+            logits = self._replay(inputs)[torch.tensor(rows, device=inputs[0].device)]
+        else:
+            logits = self._forward(*self._inputs(rows, tokens))
+        for r in rows:
+            self.length[r] += 1
+        return logits.float()
+
+    def _inputs(self, rows: list[int], tokens: list[int]) -> list[Tensor]:
+        """What a decode step computes with: ids and places [n, 1]; slot, member and position [n]; the biases of Decode."""
+        P, G, device = self.slots, self.group, self.policy.device
         K, T, S = *self.prompts[0][0].shape[1:3], self.own[0][0].shape[3]
         table = [(*divmod(r, G), self.length[r]) for r in rows]
         slot, member, position = torch.tensor(table, device=device).T
         length = torch.tensor(self.length, device=device).view(P, 1, G) + 1
         prompt_length = torch.tensor(self.prompt_length, device=device).view(P, 1)
         places = prompt_length[slot] + position[:, None]
-        few = FEW * len(rows) < P * G
-        if few:
+        if self._few(rows):
             prompt_length, length = prompt_length[slot], position.view(-1, 1, 1) + 1
         dtype = self.own[0][0].dtype
         prompt_bias = length_bias(prompt_length.expand(-1, K), T, dtype)
         own_bias = length_bias(length.expand(-1, K, -1), S, dtype)
-        at = (slot, slice(None), member, position)
-        past = Decode(self.prompts, self.own, at, few, prompt_bias, own_bias)
         ids = torch.tensor(tokens, device=device)[:, None]
+        return [ids, places, slot, member, position, prompt_bias, own_bias]
+
+    def _few(self, rows) -> bool:
+        return FEW * len(rows) < self.slots * self.group
+
+    def _forward(
+        self, ids, places, slot, member, position, prompt_bias, own_bias
+    ) -> Tensor:
+        """[n, V] logits of a decode step; see `_inputs`."""
+        at, few = (slot, slice(None), member, position), self._few(ids)
+        past = Decode(self.prompts, self.own, at, few, prompt_bias, own_bias)
         with self.policy.autocast():
             out = self.model.model(ids, position_ids=places, use_cache=False, past=past)
-            logits = self.model.lm_head(out.last_hidden_state[:, 0])
-        for r in rows:
-            self.length[r] += 1
-        return logits.float()
+            return self.model.lm_head(out.last_hidden_state[:, 0])
+
+    def _replay(self, inputs: list[Tensor]) -> Tensor:
+        """`_forward` from a graph, captured anew when a buffer has grown, which the biases' shapes show."""
+        if [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+            self.inputs = inputs
+            self.graph, self.logits = capture(partial(self._forward, *inputs))
+        for x, new in zip(self.inputs, inputs):
+            x.copy_(new)
+        self.graph.replay()
+        return self.logits
+
+
+def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of `step`, all of whose kernels one call then starts, and the tensor that gets the result."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # libraries set themselves up
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        out = step()
+    return graph, out
 
 
 def reserve(buffers: list[LayerKV], T: int) -> None:

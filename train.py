@@ -805,6 +805,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("lora-rank", int, 0, "train adapters of this rank only, not all weights"),
     ("grad-checkpoint", bool, False, "less memory in an update, a third more work"),
     ("slots", int, (16, 4), "prompts in flight during a rollout"),
+    ("cuda-graphs", bool, False, "sample with CUDA graphs (not run on a GPU yet)"),
     ("shard", bool, False, "split the model over torchrun's ranks (FSDP2)"),
     ("memory", bool, False, "print the memory need per GPU and stop"),
     ("save-every", int, 10, "steps between resumable states"),
@@ -920,6 +921,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         ("list_share", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
         ("ask_again", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
         ("shard", lambda x: several or not x, "needs several processes: start with torchrun"),
+        ("cuda_graphs", lambda x: not x or args.device.startswith("cuda"), "needs a GPU"),
     ):  # fmt: skip
         for name in names.split():
             value = getattr(args, name)
@@ -951,6 +953,7 @@ def open_run(args: argparse.Namespace) -> Run:
     over_ranks([0])  # the others wait for what rank 0 prepares
     ctx = load_context(out, ds, args.title_chars)
     policy = policy or load()
+    policy.graphs = args.cuda_graphs
     if args.lora_rank:
         torch.manual_seed(args.seed)  # every rank makes the same adapters
         add_lora(policy, args.lora_rank)

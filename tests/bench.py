@@ -157,7 +157,7 @@ def measure(args) -> None:
 def in_process(what: str, case: Case, args) -> dict | None:
     """Run `measure` in a new process; None (and why, in a line) if it fails, such as for lack of memory."""
     command = [sys.executable, str(HERE / "bench.py"), "--measure", what]
-    for flag in ("dtype", "device", "steps", "peer_rows", "lora_rank"):
+    for flag in ("dtype", "device", "steps", "peer_rows", "lora_rank", "cuda_graphs"):
         command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     command += ["--quick"] * args.quick + ["--checkpointing"] * args.checkpointing
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -315,6 +315,7 @@ def parse_args() -> argparse.Namespace:
         "--checkpointing", action="store_true", help="recompute layers (ours, TRL)"
     )
     parser.add_argument("--lora-rank", type=int, default=0, help="of ours")
+    parser.add_argument("--cuda-graphs", type=int, default=0, help="of ours: 0 or 1")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--case-file", help=argparse.SUPPRESS)

@@ -8,8 +8,8 @@ Run by hand on a GPU with 80 GB. Random weights in the shapes of SmolLM2-135M an
 fp32 weights; 4 prompts of 2,500 tokens x G 8; 4 turns of 250 tokens written, with 100 observed between them. TRL joins
 where it is installed (--peers ours plain trl). Above a billion parameters ours recomputes its layers (--grad-checkpoint);
 what does not fit fails with a line and is left out. Utilisation: FLOPs of `least_work` (bench.py: each prompt once for its group)
-over the time taken and the rate of a large bf16 product measured in the same run. The engine has no CUDA graphs. "busy"
-is the share of a rollout's time in which the GPU runs a kernel: graphs could save at most the rest.
+over the time taken and the rate of a large bf16 product measured in the same run. Ours samples with CUDA graphs too, on a
+GPU. "busy" is the share of a rollout's time without them in which the GPU runs a kernel: they can save at most the rest.
 """
 
 import argparse
@@ -97,19 +97,27 @@ def busy_share(case: peers.Case, args) -> float | None:
     return kernels / 1e6 / seconds
 
 
+def peer_runs(args) -> list[tuple[str, str, dict]]:
+    """What is measured: a row's name, the peer, and the flags it has of its own."""
+    usual = {"lora_rank": 0, "cuda_graphs": 0}
+    runs = [(peer, peer, dict(usual)) for peer in args.peers]
+    if args.device == "cuda" and "ours" in args.peers:
+        runs.append(("ours, CUDA graphs", "ours", usual | {"cuda_graphs": 1}))
+    if args.lora_rank and "ours" in args.peers:
+        adapters = {"lora_rank": args.lora_rank}
+        runs.append((f"ours, LoRA {args.lora_rank}", "ours", usual | adapters))
+    return runs
+
+
 def bench_model(case: peers.Case, args) -> list[dict]:
     """A result for each peer, and for ours with LoRA too; those that fail are left out."""
     rates = bench.in_process("limits", case, args)
     assert rates, "the machine's limits could not be measured"
     flops = bench.least_work(case, getattr(torch, args.dtype).itemsize)["train_flops"]
     written = sum(n for turns in case.rows for n, _ in turns)
-    runs = [(peer, peer, 0) for peer in args.peers]
-    if args.lora_rank and "ours" in args.peers:
-        runs.append((f"ours, LoRA {args.lora_rank}", "ours", args.lora_rank))
     large = bench.model_sizes(case)["parameters"] > 1e9
     out = []
-    for name, peer, rank in runs:
-        how = {"lora_rank": rank}
+    for name, peer, how in peer_runs(args):
         if peer == "ours" and large:
             how["checkpointing"] = True
         flags = argparse.Namespace(**vars(args) | how)
@@ -163,6 +171,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--json", help="write all figures to this file")
+    parser.set_defaults(cuda_graphs=0)  # `peer_runs` turns them on
     return parser.parse_args()
 
 

@@ -192,6 +192,7 @@ def scripted_rollout(policy: Policy, case: Case) -> list[list[engine.Trajectory]
 def ours(case: Case, args) -> list[dict]:
     """Steps of `rollout` and `policy_gradient`, with clipping and AdamW as in train.py."""
     policy = scripted_policy(case, args.device, args.dtype, args.lora_rank)
+    policy.graphs = bool(args.cuda_graphs)
     if args.checkpointing:
         checkpoint_layers(policy)
     parameters = [p for p in policy.model.parameters() if p.requires_grad]

@@ -66,6 +66,15 @@ def test_gpu_script_prints_every_model_and_peer_on_a_cpu(
         )
 
 
+def test_gpu_script_measures_with_and_without_graphs():
+    args = argparse.Namespace(peers=["ours", "plain"], device="cuda", lora_rank=4)
+    found = {name: (peer, how) for name, peer, how in bench_gpu.peer_runs(args)}
+    assert list(found) == ["ours", "plain", "ours, CUDA graphs", "ours, LoRA 4"]
+    assert found["ours"] == ("ours", {"lora_rank": 0, "cuda_graphs": 0})
+    graphs = found["ours, CUDA graphs"]
+    assert graphs == ("ours", {"lora_rank": 0, "cuda_graphs": 1})
+
+
 def test_a_comparison_has_ratios_and_shares_of_the_limit(
     in_one_process, capsys, tmp_path
 ):
@@ -73,7 +82,7 @@ def test_a_comparison_has_ratios_and_shares_of_the_limit(
     case = peers.uniform_case(model, 1, 2, 6, [(3, 2)], answer=4)
     args = argparse.Namespace(
         peers=["ours", "plain"], rounds=1, steps=0, dtype="float32", device="cpu",
-        lora_rank=0, peer_rows=2, checkpointing=True,
+        lora_rank=0, cuda_graphs=0, peer_rows=2, checkpointing=True,
     )  # fmt: skip
     result = bench.compare(case, args)
     bench.print_comparison("tiny", result)

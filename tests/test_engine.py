@@ -372,8 +372,28 @@ def test_only_the_answer_is_greedy_and_it_learns_no_more_than_its_form(
         assert (got - want).norm() / want.norm() < 5e-4
 
 
-def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch):
+class Replayed:
+    """Stands in for a CUDA graph: computes anew from the tensors that its step was captured with, into the same result."""
+
+    def __init__(self, step):
+        self.step, self.out, self.times = step, step(), 0
+
+    def replay(self):
+        self.out.copy_(self.step())
+        self.times += 1
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch, graphs):
     """Several turns, observations of different lengths, finished rows, refilled slots."""
+    made = []
+
+    def capture(step):
+        made.append(Replayed(step))
+        return made[-1], made[-1].out
+
+    monkeypatch.setattr(model_module, "capture", capture)
+    policy.graphs = graphs
     scripted(policy, ctx, monkeypatch)
     tasks = [Task(s) for s in ctx.ds.splits["train"][:5]]
     groups = rollout(
@@ -390,6 +410,8 @@ def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch):
         [lp for t in trajectories for lp, m in zip(t.logprobs, t.action_mask) if m]
     )
     assert (sampled - dense).abs().max() < 1e-4
+    replays = sum(graph.times for graph in made)
+    assert (len(made) > 1 and replays > 10 * len(made)) if graphs else not made
 
 
 def test_demonstrations_call_only_the_tools_that_the_flags_leave(policy, ctx):

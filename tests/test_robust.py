@@ -514,6 +514,7 @@ WRONG = {
     "--exercise-steps 6": "must be below --warmup-steps",
     "--seed 1 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
     "--seed=0 --resume runs/x": "--resume continues with the run's own flags; drop --seed",
+    "--cuda-graphs --device cpu": "needs a GPU",
     "--width 64": "is of new agents; this one has its own", "--layers 2": "is of new agents; this one has its own",
 }  # fmt: skip
 

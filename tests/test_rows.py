@@ -129,6 +129,7 @@ def args(tmp_path, ctx):
     return argparse.Namespace(
         out=tmp_path, k=10, bonus=0.1, temperature=1.0, max_new_tokens=12, split="test",
         dtype="float32", device="cpu", slots=4, seeds=[0], greedy_answer=False,
+        cuda_graphs=False,
     )  # fmt: skip
 
 
