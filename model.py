@@ -570,6 +570,7 @@ class RaggedBatch:
         return [ids, places, slot, member, position, prompt_bias, own_bias]
 
     def _few(self, rows) -> bool:
+        """Whether so few rows are fed that they are computed apart from the batch."""
         return FEW * len(rows) < self.slots * self.group
 
     def _forward(
@@ -594,14 +595,21 @@ class RaggedBatch:
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A CUDA graph of `step`, all of whose kernels one call then starts, and the tensor that gets the result."""
+    """A CUDA graph of `step`, all of whose kernels one call then starts, and the tensor that gets the result.
+
+    ModelError where the step reads a number from the GPU on its way, as some rotary embeddings do.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()  # libraries set themselves up
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
-        out = step()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            out = step()
+    except RuntimeError as e:
+        why = str(e).partition("\n")[0]
+        raise ModelError(f"--cuda-graphs cannot be used here: {why}") from e
     return graph, out
 
 

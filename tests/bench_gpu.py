@@ -110,7 +110,7 @@ def peer_runs(args) -> list[tuple[str, str, dict]]:
 
 
 def bench_model(case: peers.Case, args) -> list[dict]:
-    """A result for each peer, and for ours with LoRA too; those that fail are left out."""
+    """A result for each of `peer_runs`; those that fail are left out."""
     rates = bench.in_process("limits", case, args)
     assert rates, "the machine's limits could not be measured"
     flops = bench.least_work(case, getattr(torch, args.dtype).itemsize)["train_flops"]

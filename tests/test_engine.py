@@ -414,6 +414,27 @@ def test_sampler_logprobs_equal_teacher_forcing(policy, ctx, monkeypatch, graphs
     assert (len(made) > 1 and replays > 10 * len(made)) if graphs else not made
 
 
+def test_what_cannot_be_captured_is_said_in_a_line(monkeypatch):
+    """With stand-ins for what only a GPU has: `step` runs once to warm up and once in the capture."""
+    stream, seen = types.SimpleNamespace(wait_stream=lambda other: None), []
+    same = {"Stream": stream, "current_stream": stream, "CUDAGraph": "graph"}
+    for name, made in same.items():
+        monkeypatch.setattr(torch.cuda, name, lambda made=made: made)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    captures = lambda graph, stream: contextlib.nullcontext()
+    monkeypatch.setattr(torch.cuda, "graph", captures)
+
+    def step():
+        seen.append(1)
+        if len(seen) == 4:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return len(seen)
+
+    assert model_module.capture(step) == ("graph", 2)
+    with pytest.raises(model_module.ModelError, match="here: operation not permitted$"):
+        model_module.capture(step)
+
+
 def test_demonstrations_call_only_the_tools_that_the_flags_leave(policy, ctx):
     rng, allowed = np.random.default_rng(0), ("get_user_profile", "get_similar_users")
     for sample in ctx.ds.splits["train"][:20]:
