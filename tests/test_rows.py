@@ -152,6 +152,18 @@ def test_an_agent_plays_by_the_seed_its_tools_and_k(args, ctx, policy, monkeypat
     assert asked == wanted
 
 
+def test_an_agent_is_evaluated_with_graphs_if_it_was_trained_so(args, ctx, policy, monkeypatch):  # fmt: skip
+    save_policy(policy, args.out / "agent")
+    seen, task = [], Task(ctx.ds.splits["test"][0])
+    agent = ev.Agent("a", str(args.out / "agent"))
+    watching = lambda policy, *_, **__: seen.append(policy.graphs) or 1 / 0
+    monkeypatch.setattr(ev, "rollout", watching)
+    for args.cuda_graphs in (False, True):
+        with pytest.raises(ZeroDivisionError):
+            ev.play(args, ctx, agent, [task], 0)
+    assert seen == [False, True]
+
+
 def test_an_agent_without_instructions_is_told_and_pairs_are_named(args, ctx, policy, capsys):  # fmt: skip
     save_policy(policy, args.out / "agent")
     path, sample = str(args.out / "agent"), ctx.ds.splits["test"][0]

@@ -532,6 +532,13 @@ def test_a_new_agent_has_the_width_and_layers_asked_for(small, monkeypatch, tmp_
     )
 
 
+def test_cuda_graphs_reach_the_policy(small, tmp_path):
+    for wanted in (False, True):
+        args = train.parse_args(["--out", str(tmp_path / f"{wanted}")])
+        args.cuda_graphs, args.resumed = wanted, False
+        assert train.open_run(args).policy.graphs == wanted
+
+
 def test_an_exercise_adds_up_the_lists_it_shows():
     policy = train.load_policy(str(train.HERE / "assets/tiny-agent"))
     for seed in range(20):
