@@ -719,7 +719,7 @@ def load(args: argparse.Namespace) -> tuple[dict, Context]:
         setattr(args, name, own[name])
     args.device = args.device or own["device"]
     # runs from before that flag have none
-    args.cuda_graphs = own.get("cuda_graphs") and args.device.startswith("cuda")
+    args.cuda_graphs = own.get("cuda_graphs", False) and args.device.startswith("cuda")
     if args.samples is None:
         args.samples = own["test_samples"]
     check_device(args.device)
