@@ -1,4 +1,4 @@
-"""How often the tools' own scores order the hard pairs of a run rightly, and random pairs of the same samples.
+"""How often the tools' own scores order the hard pairs of a run rightly, and all pairs of the same samples.
 
     python tests/pair_evidence.py runs/NAME [runs/NAME ...]      # runs of the same dataset
 
@@ -31,7 +31,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     flags = read_config(runs[0])["args"]
     ds = load_dataset(flags["dataset"], flags["data_dir"])
-    hard, random = {}, {}
+    hard, every = {}, {}
     for run in runs:
         ctx = load_context(run, ds, flags["title_chars"])
         for pair in read_pairs(run / "hard_pairs.jsonl"):
@@ -44,10 +44,10 @@ def main() -> None:
                 x = x.round(9)  # sums of equal scores stay equal
                 found = right(x, pair.positive, np.array([pair.negative]))
                 hard.setdefault(name, []).append(found)
-                random.setdefault(name, []).append(right(x, pair.positive, rest))
+                every.setdefault(name, []).append(right(x, pair.positive, rest))
     print(f"{len(hard['sum'])} pairs; the positive scores higher:")
     for name, found in hard.items():
-        shares = f"hard {np.mean(found):.1%}, random {np.mean(random[name]):.1%}"
+        shares = f"hard {np.mean(found):.1%}, all {np.mean(every[name]):.1%}"
         print(f"  {name:22} {shares}")
 
 
