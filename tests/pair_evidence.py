@@ -57,8 +57,11 @@ def judged(run: pathlib.Path):
 def start_again(run: pathlib.Path, out: pathlib.Path, pairs: list[HardPair]) -> None:
     """A run folder as if stopped after mining, with these pairs; train.py --resume begins its stage 2."""
     out.mkdir(parents=True)
-    for name in ("config.json", "sasrec.safetensors"):
-        shutil.copy(run / name, out / name)
+    shutil.copy(run / "sasrec.safetensors", out)
+    config = read_config(run)
+    if config["args"]["stage"] == "all":
+        config["args"] |= {"stage": "ppr", "model": str((run / "rta").resolve())}
+    (out / "config.json").write_text(json.dumps(config))
     rows = (json.dumps(dataclasses.asdict(pair)) + "\n" for pair in pairs)
     (out / PAIRS).write_text("".join(rows))
 
