@@ -20,7 +20,7 @@ from data import Sample, read_jsonl, reading
 from grpo import INVALID, MICRO_TOKENS, accumulate, list_reward, my_share, over_ranks
 from model import Policy, TrainRow
 from rollout import Task, Trajectory
-from tools import Context
+from tools import Context, tool_scores
 
 DIRECTIONS = {"both": (True, False), "more": (True,), "less": (False,)}
 FORCED = "<answer>\\boxed{"
@@ -71,6 +71,18 @@ def mine(
         negative = int(pool[rng.integers(len(pool))])
         pairs.append(HardPair(sample.id, positive, negative, rank))
     return pairs
+
+
+def evidence(
+    ctx: Context, tools: tuple[str, ...], sample: Sample, pair: HardPair
+) -> float:
+    """By how much the tools' summed scores put a pair's positive above its negative.
+
+    Where this is below zero, the right answer goes against the evidence: on real data, for most hard pairs.
+    """
+    scores = np.zeros(len(sample.candidates))
+    scores = sum((tool_scores(ctx, name, sample) for name in tools), scores).round(9)
+    return float(scores[pair.positive - 1] - scores[pair.negative - 1])
 
 
 def pair_tasks(

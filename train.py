@@ -88,6 +88,7 @@ from ppr import (
     DIRECTIONS,
     HardPair,
     bound_gradient,
+    evidence,
     mine,
     pair_tasks,
     read_pairs,
@@ -269,11 +270,23 @@ def mine_pairs(run: Run) -> None:
     with progress_bar("mining hard pairs", len(tasks) // n, "sample") as bar:
         groups = sample_groups(run, tasks, seed, slots, 1, lambda group: bar.update())
     run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
+    if args.ppr_pairs != "all":
+        run.pairs = [p for p in run.pairs if ordered(run, p) == args.ppr_pairs]
     put_json(run.out / "hard_pairs.jsonl", map(vars, run.pairs))
     tqdm.write(f"mined {len(run.pairs)} hard pairs from {len(tasks)} training samples")
     if not run.pairs:
         why = "the policy ranked every positive first, or no answer was valid"
+        why = (
+            why if args.ppr_pairs == "all" else f"none is {args.ppr_pairs} by the tools"
+        )
         tqdm.write(f"stage 2 is left out: {why}")
+
+
+def ordered(run: Run, pair: HardPair) -> str:
+    """How the tools' summed scores order a pair: "right", "wrong", or "equal"."""
+    sample = run.ds.splits["train"].of(pair.sample)
+    gap = evidence(run.ctx, trained_tools(vars(run.args)), sample, pair)
+    return "right" if gap > 0 else "wrong" if gap < 0 else "equal"
 
 
 # ------------------------------------------------------------------------------------------- before stage 1: the warm-up
@@ -792,6 +805,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("token-mean", bool, False, "mean over tokens instead of the sum"),
     ("keep-negative-groups", bool, False, "no dynamic sampling"),
     ("random-negatives", bool, False, "stage 2 on random instead of hard pairs"),
+    ("ppr-pairs", ("all", "right", "wrong"), "all", "or only those that the tools' summed scores order rightly, or wrongly"),
     ("ppr-directions", tuple(DIRECTIONS), "both", "which questions stage 2 asks"),
     ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2 optimises the reward (grpo) or the bound of Prop. 2 (logistic)"),
     ("no-tools", bool, False, "train to reason without tools (row R)"),

@@ -8,7 +8,7 @@
 Run by hand (a run takes 5 to 10 minutes of one core). What each run's agent did with every test sample is kept in
 experiments.json beside this script, so that the table can be printed, and added to, where the run folders are gone. Each
 variant changes one thing of its `reference`: those of STAGE_1 train stage 1 alone, those of STAGE_2 start from the
-default run's stage 1, those of EVIDENCE take a part of the longer stage 2's pairs. A difference is taken for each test sample with the same seed's reference, averaged over the seeds;
+default run's stage 1. A difference is taken for each test sample with the same seed's reference, averaged over the seeds;
 its 95% interval resamples users, its standard error over the seeds stands behind "±". --dataset, --model and --with ask
 the same of other data, another agent or other flags.
 """
@@ -62,20 +62,19 @@ STAGE_2 = {
     "asked for less only": f"{LONGER} --ppr-directions less",
     "bound as a loss": f"{LONGER} --ppr-objective logistic",
     "pairs only": f"{LONGER} --list-share 0",
+    "pairs tools get right": f"{LONGER} --ppr-pairs right",
+    "pairs tools get wrong": f"{LONGER} --ppr-pairs wrong",
     "stage 2 with sampled answers": f"{LONGER} --no-greedy-answer",
     # the same for the longer stage 2 (96 x 27; 320 + 96 x 24)
     "more of stage 1": "--stage rta --steps 27 --lr 1e-4",
 }
-# the longer stage 2 again on those of its pairs that the tools' summed scores order rightly, or wrongly
-EVIDENCE = {"pairs tools get right": "right", "pairs tools get wrong": "wrong"}
 
 
 def reference(name: str) -> str:
     """What a variant is compared with: stage 2 with the stage 1 that it starts from, what changes it with the longer one."""
     if name == "as much of stage 1":
         return "stage 2"
-    longer = [*list(STAGE_2)[3:], *EVIDENCE]
-    return "longer stage 2" if name in longer else "default"
+    return "longer stage 2" if name in list(STAGE_2)[3:] else "default"
 
 
 def folder(args, name: str, seed: int) -> pathlib.Path:
@@ -91,8 +90,7 @@ def train(args, name: str, seed: int) -> None:
     parts = [name, "stage 2"] if name == "default" else [name]
     if all(in_folder(args, part, seed) for part in parts):
         return
-    began = (out / ("config.json" if name in EVIDENCE else "metrics.jsonl")).exists()
-    if began or name in EVIDENCE:
+    if (out / "metrics.jsonl").exists():
         flags = ["--resume", str(out)]
     else:
         flags = ["--dataset", args.dataset, "--out", str(out), "--overwrite"]
@@ -113,10 +111,6 @@ def train(args, name: str, seed: int) -> None:
     evaluation = [str(out), "--samples", str(args.samples)]
     evaluation += ["--rows", *map(trained, parts)]
     with open(f"{out}.log", "a") as log:
-        if name in EVIDENCE and not began:
-            source = folder(args, "longer stage 2", seed)
-            kept = ["--keep", EVIDENCE[name], "--into", str(out)]
-            script(log, "tests/pair_evidence.py", str(source), *kept)
         ok = script(log, "train.py", *flags) and script(log, "eval.py", *evaluation)
     print(out, "done" if ok else f"failed, see {out}.log", flush=True)
 
@@ -132,8 +126,7 @@ def trained(name: str) -> str:
     """eval.py's name for the agent that a variant trains."""
     if name == "no tools":
         return "r"
-    ppr = name in EVIDENCE or name in STAGE_2 and "rta" not in STAGE_2[name]
-    return "ppr" if ppr else "rta"
+    return "ppr" if name in STAGE_2 and "rta" not in STAGE_2[name] else "rta"
 
 
 def in_folder(args, name: str, seed: int) -> list[dict] | None:
@@ -196,7 +189,7 @@ def table(args) -> str:
     """A row for each variant that has runs for all seeds."""
     out = ["| variant | N@10 by run | N@10 | H@1 | valid | calls | N@10 minus its reference | H@1 minus its reference |"]  # fmt: skip
     out += ["|---" * 8 + "|"]
-    for name in [*STAGE_1, *STAGE_2, *EVIDENCE]:
+    for name in [*STAGE_1, *STAGE_2]:
         both = name, reference(name)
         runs, base = ([lines(args, x, s) for s in args.seeds] for x in both)
         if None not in runs and None not in base:
@@ -237,7 +230,7 @@ def main() -> None:
     parser.add_argument("--into", help="name of the mark in README.md")
     args = parser.parse_args()
     args.runs.mkdir(exist_ok=True)
-    known = [*STAGE_1, *STAGE_2, *EVIDENCE]
+    known = [*STAGE_1, *STAGE_2]
     names = known if args.run == ["all"] else args.run
     names = ["default" if x == "stage 2" else x for x in names]  # the same run
     unknown = [x for x in names if x not in known]
@@ -247,7 +240,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(test))[: args.samples]
     args.tested = [test[i] for i in order]  # those of eval.py
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for part in STAGE_1, STAGE_2, EVIDENCE:  # each starts from runs of those before
+        for part in STAGE_1, STAGE_2:  # stage 2 starts from the default
             jobs = [(x, s) for x in names if x in part for s in args.seeds]
             list(pool.map(lambda job: train(args, *job), dict.fromkeys(jobs)))
     args.kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}

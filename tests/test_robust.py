@@ -20,8 +20,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
-import pair_evidence
 import pytest
 import torch
 from kill_resume import content, pair_each
@@ -31,9 +29,8 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import model as model_module
 import train
-from data import DatasetError, Sample, read_jsonl
+from data import DatasetError, Sample
 from model import ModelError, check_device, find_model, load_policy, save_policy
-from ppr import read_pairs
 from rollout import Task, Trajectory, check_context
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -301,27 +298,6 @@ def test_missing_pairs_are_not_mined_from_a_half_trained_policy(main, undisturbe
     (tmp_path / "run" / "hard_pairs.jsonl").unlink()
     with pytest.raises(ModelError, match="hard_pairs.jsonl: is missing"):
         main("--resume", tmp_path / "run")
-
-
-def test_stage_2_starts_again_on_the_pairs_that_the_tools_order_rightly(main, undisturbed, tmp_path, monkeypatch):  # fmt: skip
-    scores = np.array([0.2, 0.5, 0.5, 0.1])
-    assert [pair_evidence.right(scores, 2, np.array([n])) for n in (1, 3)] == [1, 0.5]
-    assert pair_evidence.right(scores, 1, np.array([2, 4])) == 0.5
-    parts = {}
-    for keep in ("right", "wrong"):
-        flags = [str(undisturbed), "--keep", keep, "--into", str(tmp_path / keep)]
-        monkeypatch.setattr("sys.argv", ["pair_evidence.py", *flags])
-        pair_evidence.main()
-        parts[keep] = set(read_pairs(tmp_path / keep / "hard_pairs.jsonl"))
-    every = set(read_pairs(undisturbed / "hard_pairs.jsonl"))
-    assert parts["right"] | parts["wrong"] <= every
-    assert not parts["right"] & parts["wrong"]
-    keep = max(parts, key=lambda x: len(parts[x]))
-    assert parts[keep]
-    main("--resume", tmp_path / keep)
-    asked = read_jsonl(tmp_path / keep / "trajectories.jsonl")
-    found = read_pairs(tmp_path / keep / "hard_pairs.jsonl")
-    assert {x["stage"] for x in asked} == {"ppr"} and set(found) == parts[keep]
 
 
 def test_a_resumed_run_says_what_is_not_as_it_was(main, undisturbed, tmp_path, capsys):

@@ -14,6 +14,7 @@ from test_engine import random_rows
 
 import eval as ev
 import grpo
+import ppr
 import rollout as rollout_module
 import train
 from data import Sample, history
@@ -238,6 +239,36 @@ def test_mining_takes_random_negatives_if_told(world, tmp_path, monkeypatch):
         mined = [t.task for t in asked[-1][0]]
         assert mined == [Task(s) for s in train.mined_samples(run)]
     assert [how[2] for how in asked] == [False, True]
+
+
+def test_stage_2_can_ask_only_what_the_tools_order_rightly_or_wrongly(world, tmp_path, monkeypatch, capsys):  # fmt: skip
+    """Two tools by hand: together they put the positive above 2, below 3 and level with 4."""
+    s = world.splits["train"][0]
+    gaps = {"get_user_profile": {2: 0.5, 3: 0.2, 4: 0.1}, "get_rating_behavior": {2: -0.2, 3: -0.7, 4: -0.1}}  # fmt: skip
+
+    def tool_scores(ctx, name, sample):
+        scores = np.full(20, 0.3)
+        for n, gap in gaps.get(name, {}).items():
+            scores[n - 1] -= gap
+        return scores
+
+    pairs = [HardPair(s.id, 1, n, n) for n in (2, 3, 4)]
+    monkeypatch.setattr(ppr, "tool_scores", tool_scores)
+    monkeypatch.setattr(train, "sample_groups", lambda run, tasks, *_: [[Trajectory(t, [])] for t in tasks])  # fmt: skip
+    monkeypatch.setattr(train, "mine", lambda *_: list(pairs))
+    left = ["--without-tool", "get_rating_behavior"]
+    for flags, kept in (
+        ([], [2, 3, 4]),
+        (["--ppr-pairs", "right"], [2]),
+        (["--ppr-pairs", "wrong"], [3]),
+        (["--ppr-pairs", "right", *left], [2, 3, 4]),
+        (["--ppr-pairs", "wrong", *left], []),
+    ):
+        run = a_run(world, tmp_path, *flags)
+        train.mine_pairs(run)
+        found = ppr.read_pairs(tmp_path / "hard_pairs.jsonl")
+        assert [pair.negative for pair in run.pairs] == kept == [x.negative for x in found]  # fmt: skip
+    assert "left out: none is wrong by the tools" in capsys.readouterr().out
 
 
 def test_profiles_are_written_for_what_eval_will_ask(world, tmp_path, monkeypatch):
