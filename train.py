@@ -88,8 +88,8 @@ from ppr import (
     DIRECTIONS,
     HardPair,
     bound_gradient,
-    evidence,
     mine,
+    ordered,
     pair_tasks,
     read_pairs,
     reward,
@@ -271,22 +271,16 @@ def mine_pairs(run: Run) -> None:
         groups = sample_groups(run, tasks, seed, slots, 1, lambda group: bar.update())
     run.pairs = mine([g[0] for g in groups], (*seed, 1), args.random_negatives)
     if args.ppr_pairs != "all":
-        run.pairs = [p for p in run.pairs if ordered(run, p) == args.ppr_pairs]
+        how = partial(ordered, run.ctx, trained_tools(vars(args)))
+        of = run.ds.splits["train"].of
+        run.pairs = [p for p in run.pairs if how(of(p.sample), p) == args.ppr_pairs]
     put_json(run.out / "hard_pairs.jsonl", map(vars, run.pairs))
     tqdm.write(f"mined {len(run.pairs)} hard pairs from {len(tasks)} training samples")
     if not run.pairs:
-        why = "the policy ranked every positive first, or no answer was valid"
-        why = (
-            why if args.ppr_pairs == "all" else f"none is {args.ppr_pairs} by the tools"
-        )
+        why = f"none is {args.ppr_pairs} by the tools"
+        if args.ppr_pairs == "all":
+            why = "the policy ranked every positive first, or no answer was valid"
         tqdm.write(f"stage 2 is left out: {why}")
-
-
-def ordered(run: Run, pair: HardPair) -> str:
-    """How the tools' summed scores order a pair: "right", "wrong", or "equal"."""
-    sample = run.ds.splits["train"].of(pair.sample)
-    gap = evidence(run.ctx, trained_tools(vars(run.args)), sample, pair)
-    return "right" if gap > 0 else "wrong" if gap < 0 else "equal"
 
 
 # ------------------------------------------------------------------------------------------- before stage 1: the warm-up
