@@ -799,7 +799,7 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("token-mean", bool, False, "mean over tokens instead of the sum"),
     ("keep-negative-groups", bool, False, "no dynamic sampling"),
     ("random-negatives", bool, False, "stage 2 on random instead of hard pairs"),
-    ("ppr-pairs", ("all", "right", "wrong"), "all", "or only those that the tools' summed scores order rightly, or wrongly"),
+    ("ppr-pairs", ("all", "right", "wrong"), "all", "stage 2's hard pairs: all, or those that the tools' summed scores order rightly, or wrongly"),
     ("ppr-directions", tuple(DIRECTIONS), "both", "which questions stage 2 asks"),
     ("ppr-objective", ("grpo", "logistic"), "grpo", "stage 2 optimises the reward (grpo) or the bound of Prop. 2 (logistic)"),
     ("no-tools", bool, False, "train to reason without tools (row R)"),
