@@ -76,7 +76,7 @@ def mine(
 def ordered(
     ctx: Context, tools: tuple[str, ...], sample: Sample, pair: HardPair
 ) -> str:
-    """How the tools' summed scores order a pair: "right", "wrong" (most hard pairs of office2018) or "equal"."""
+    """How the tools' summed scores order a pair, for --ppr-pairs (ours): "right", "wrong" or "equal"."""
     scores = np.zeros(len(sample.candidates))
     scores = sum((tool_scores(ctx, name, sample) for name in tools), scores).round(9)
     gap = scores[pair.positive - 1] - scores[pair.negative - 1]
