@@ -187,7 +187,8 @@ def stage_tasks(run: Run, stage: str, step: int) -> list[Task]:
     if stage == "rta":
         return [Task(sample) for sample in chosen]
     samples = {pair.sample: train.of(pair.sample) for pair in chosen}
-    rng = np.random.default_rng([*seed, step])
+    # + 1, since a seed's trailing zeros do not count: step 0 would draw from the order's stream
+    rng = np.random.default_rng([*seed, step + 1])
     lists = [Task(samples[pair.sample]) for pair in chosen[n_pairs:]]
     asked = pair_tasks(chosen[:n_pairs], samples, rng, directions)
     known = {task.sample.id for task in lists}
@@ -769,9 +770,9 @@ FLAGS = (  # name, type or choices, default (a pair: of the presets tiny and pap
     ("overwrite", bool, False, "replace an existing run folder"),
     ("resume", str, None, "continue this run folder; only --slots, --micro-tokens and --grad-checkpoint can change"),
     "training",
-    ("steps", int, (50, None), "steps of stage 1"),
+    ("steps", int, (30, None), "steps of stage 1"),
     ("epochs", float, (None, 3), "epochs of stage 1, if --steps is not given"),
-    ("ppr-steps", int, (12, None), "steps of stage 2"),
+    ("ppr-steps", int, (8, None), "steps of stage 2"),
     ("ppr-epochs", float, (None, 1), "epochs of stage 2, if --ppr-steps is not given"),
     ("warmup-steps", int, (0, 0), "steps of imitation before stage 1 (a new agent: 4500)"),
     ("exercise-steps", int, (0, 0), "how many of --warmup-steps are exercises only (a new agent: a sixth)"),

@@ -116,7 +116,14 @@ def main() -> None:
     print(
         "| steps x prompts x G | trajectories | lr | N@10 | of ten seeds |\n|---|---|---|---|---|"
     )
-    for steps, batch in ((50, 12), (200, 12), (50, 48), (200, 48), (200, 192)):
+    for steps, batch in (
+        (30, 12),
+        (50, 12),
+        (200, 12),
+        (50, 48),
+        (200, 48),
+        (200, 192),
+    ):
         tried = {}
         for lr in (0.05, 0.1, 0.2):
             data = shown["train"], targets["train"], steps, batch, lr

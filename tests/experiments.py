@@ -51,7 +51,8 @@ STAGE_1 = {
 # agents of other sizes; make them first, as the bundled one was: train.py --stage warmup --dataset office-sim
 # --width 64 --batch 8 --group-size 5 --out runs/size-64
 STAGE_1 |= {f"width {n}": f"--model {{runs}}/size-{n}/warmup" for n in (64, 128, 192)}
-LONGER = "--ppr-steps 24 --ppr-lr 1e-4"  # twice the default's, at twice the rate: differences are easier to see
+LENGTH = "--steps 50 --ppr-steps 12"  # all rows' unless they say so: train.py's default is shorter since 2026-11-29
+LONGER = "--ppr-steps 24 --ppr-lr 1e-4"  # twice as long, at twice the rate: differences are easier to see
 STAGE_2 = {
     "stage 2": "",
     # as many trajectories (96 x 15) as stage 2's mining and steps take (320 + 96 x 12), at its learning rate
@@ -107,7 +108,7 @@ def train(args, name: str, seed: int) -> None:
             flags += ["--model", args.model] if args.model else []
             flags += ["--stage", "rta"] if name != "default" else []
         own = (STAGE_1 | STAGE_2)[name].format(runs=args.runs)
-        flags += [*args.extra.split(), *own.split()]
+        flags += [*LENGTH.split(), *args.extra.split(), *own.split()]
     evaluation = [str(out), "--samples", str(args.samples)]
     evaluation += ["--rows", *map(trained, parts)]
     with open(f"{out}.log", "a") as log:

@@ -229,6 +229,25 @@ def test_the_letters_order_is_drawn_anew_in_every_step(world, tmp_path):
     assert 3 < letters.count("A") < 17
 
 
+def test_the_letters_order_and_the_pairs_have_streams_of_their_own(
+    world, tmp_path, monkeypatch
+):
+    """A seed's trailing zeros do not count: (0, 3, 0, step 0) once drew the letters from the stream of (0, 3, 0)."""
+    run, drawn = a_run(world, tmp_path, "--batch", "4"), []
+    run.pairs = [HardPair(s.id, s.target + 1, (s.target + 1) % 20 + 1, 3) for s in world.splits["train"][:60]]  # fmt: skip
+    pair_tasks = train.pair_tasks
+
+    def with_first_draw(pairs, samples, rng, directions):
+        drawn.append(rng.random())
+        return pair_tasks(pairs, samples, rng, directions)
+
+    monkeypatch.setattr(train, "pair_tasks", with_first_draw)
+    for step in range(3):
+        train.stage_tasks(run, "ppr", step)
+    order = np.random.default_rng([0, train.STAGE_SEED["ppr"], 0]).random()
+    assert len({order, *drawn}) == 4
+
+
 def test_mining_takes_random_negatives_if_told(world, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "sample_groups", lambda run, tasks, *_: [[Trajectory(t, [])] for t in tasks])  # fmt: skip
