@@ -29,6 +29,8 @@ from sasrec import train_sasrec
 from tools import Context, digits
 
 K, G, TEMPERATURE, SEEDS = 10, 8, 0.6, 10
+# steps, prompts a step: the default, that of the variants, more
+SIZES = ((30, 12), (50, 12), (200, 12), (50, 48), (200, 48), (200, 192))
 TIMES = np.arange(3)  # not at all, once, twice
 
 
@@ -116,14 +118,7 @@ def main() -> None:
     print(
         "| steps x prompts x G | trajectories | lr | N@10 | of ten seeds |\n|---|---|---|---|---|"
     )
-    for steps, batch in (
-        (30, 12),
-        (50, 12),
-        (200, 12),
-        (50, 48),
-        (200, 48),
-        (200, 192),
-    ):
+    for steps, batch in SIZES:
         tried = {}
         for lr in (0.05, 0.1, 0.2):
             data = shown["train"], targets["train"], steps, batch, lr
