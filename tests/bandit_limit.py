@@ -30,7 +30,7 @@ from tools import Context, digits
 
 K, G, TEMPERATURE, SEEDS = 10, 8, 0.6, 10
 # steps, prompts a step: the default, that of the variants, more
-SIZES = ((30, 12), (50, 12), (200, 12), (50, 48), (200, 48), (200, 192))
+SIZES = ((24, 12), (50, 12), (200, 12), (50, 48), (200, 48), (200, 192))
 TIMES = np.arange(3)  # not at all, once, twice
 
 

@@ -457,7 +457,7 @@ def test_help_tells_defaults_that_are_zero_too(capsys):
         "samples and SASRec stay the same (default: 0)",
         "again with a chance of 1/2 (default: 0.0)",
         "which stages to run (default: all)",
-        "steps of stage 1 (tiny: 30)",
+        "steps of stage 1 (tiny: 24)",
     ):
         assert text in told
     assert "default: False" not in told and "default: None" not in told
@@ -474,9 +474,9 @@ def test_memory_is_told_and_nothing_is_begun(monkeypatch, capsys):
 
 
 def test_epochs_decide_unless_steps_are_given():
-    assert train.parse_args([]).steps == 30
+    assert train.parse_args([]).steps == 24
     args = train.parse_args(["--epochs", "2"])
-    assert (args.steps, args.epochs, args.ppr_steps) == (None, 2, 8)
+    assert (args.steps, args.epochs, args.ppr_steps) == (None, 2, 6)
     both = train.parse_args(["--preset", "paper", "--steps", "7"])
     assert both.steps == 7
 
