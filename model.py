@@ -38,7 +38,7 @@ SHARED_BEGINNING = 64  # a common beginning of so many tokens is worth a forward
 SHAPE_STEP = 64  # lengths in bf16 attention on a CPU are rounded up to a multiple
 FEW = 4  # decode rows apart from the batch when they are less than a fourth of it
 BLOCK = 256  # queries at a time in attention on a CPU
-SPARE = 32, 256  # positions that buffers grow by, on a CPU and on a GPU
+SPARE = 32, 256  # positions that buffers grow by at least, on a CPU and on a GPU
 LOGITS = 2**25, 2**28  # at once in the vocabulary projection, likewise
 
 
@@ -83,7 +83,7 @@ class Decode:
     prompts: list[LayerKV]  # a layer: [P, K, T, D] keys and values
     own: list[LayerKV]  # a layer: [P, K, G, S, D]; the tokens' are written into it
     at: tuple[Tensor, slice, Tensor, Tensor]  # where: slot, kv heads, member, position
-    few: bool
+    few: list[tuple[int, int]]  # slot and member of each row, if they are few
     prompt_bias: Tensor  # [P*K, 1, T], -inf where a prompt has no token
     own_bias: Tensor  # [P*K*G, 1, S]
 
@@ -93,15 +93,24 @@ class Decode:
         Computes all rows of the batch, since gathering many rows' suffixes costs more than unneeded scores; not if few
         are left, as at the end of a rollout.
         """
-        (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
-        own_k[self.at], own_v[self.at] = key[:, :, 0], value[:, :, 0]
+        for buffer, x in zip(self.own[layer], (key, value)):
+            buffer[self.at] = x[:, :, 0]
+        T, S = (
+            self.prompt_bias.shape[2],
+            self.own_bias.shape[2],
+        )  # buffers may be longer
+        prompt_k, prompt_v = (x[:, :, :T] for x in self.prompts[layer])
+        own_k, own_v = (x[..., :S, :] for x in self.own[layer])
         n, H, (slot, heads, member, _) = *query.shape[:2], self.at
         if self.few:
-            prompt_k, prompt_v = prompt_k[slot], prompt_v[slot]
-            own_k, own_v = own_k[slot, :, member, None], own_v[slot, :, member, None]
+            prompt_k, prompt_v = (x.index_select(0, slot) for x in (prompt_k, prompt_v))
+            own_k, own_v = (
+                torch.stack([x[p, :, g, None] for p, g in self.few])
+                for x in (own_k, own_v)
+            )
             slot, member = torch.arange(n, device=slot.device), torch.zeros_like(slot)
-        P, K, G, S, D = own_k.shape
-        T, R = prompt_k.shape[2], H // K
+        P, K, G, _, D = own_k.shape
+        R = H // K
         every = query.new_zeros(P, K, G, R, D)
         every[slot, heads, member] = query.view(n, K, R, D)
         q, k = every.view(P * K, G * R, D), prompt_k.view(P * K, T, D)
@@ -555,7 +564,9 @@ class RaggedBatch:
     def _inputs(self, rows: list[int], tokens: list[int]) -> list[Tensor]:
         """What a decode step computes with: ids and places [n, 1]; slot, member and position [n]; the biases of Decode."""
         P, G, device = self.slots, self.group, self.policy.device
-        K, T, S = *self.prompts[0][0].shape[1:3], self.own[0][0].shape[3]
+        K = self.prompts[0][0].shape[1]
+        T = part(self.prompts, max(self.prompt_length[r // G] for r in rows))
+        S = part(self.own, max(self.length[r] for r in rows) + 1)
         table = [(*divmod(r, G), self.length[r]) for r in rows]
         slot, member, position = torch.tensor(table, device=device).T
         length = torch.tensor(self.length, device=device).view(P, 1, G) + 1
@@ -577,7 +588,8 @@ class RaggedBatch:
         self, ids, places, slot, member, position, prompt_bias, own_bias
     ) -> Tensor:
         """[n, V] logits of a decode step; see `_inputs`."""
-        at, few = (slot, slice(None), member, position), self._few(ids)
+        at = (slot, slice(None), member, position)
+        few = list(zip(slot.tolist(), member.tolist())) if self._few(ids) else []
         past = Decode(self.prompts, self.own, at, few, prompt_bias, own_bias)
         with self.policy.autocast():
             out = self.model.model(ids, position_ids=places, use_cache=False, past=past)
@@ -624,10 +636,21 @@ def reserve(buffers: list[LayerKV], T: int) -> None:
 
 def room(T: int, on_gpu: bool) -> int:
     """How many positions a buffer gets where T are needed."""
-    # on a GPU no freed block can hold a larger buffer, so it seldom grows; and matrix
-    # products are fast with rows of whole 16 bytes
-    size = T + SPARE[on_gpu]
-    return size - size % 64 if on_gpu else size
+    if not on_gpu:
+        return T + max(SPARE[0], T // 2)
+    # no freed block can hold a larger buffer, so it seldom grows; and matrix products
+    # are fast with rows of whole 16 bytes
+    size = T + SPARE[1]
+    return size - size % 64
+
+
+def part(buffers: list[LayerKV], T: int) -> int:
+    """How many of the buffers' positions a decode step that needs T computes with: few different numbers.
+
+    On a GPU all of them, so that a captured step's shapes last.
+    """
+    x = buffers[0][0]
+    return x.shape[-2] if x.is_cuda else min(x.shape[-2], T + -T % SPARE[0])
 
 
 def length_bias(length: Tensor, T: int, dtype: torch.dtype) -> Tensor:
