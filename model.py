@@ -95,10 +95,8 @@ class Decode:
         """
         for buffer, x in zip(self.own[layer], (key, value)):
             buffer[self.at] = x[:, :, 0]
-        T, S = (
-            self.prompt_bias.shape[2],
-            self.own_bias.shape[2],
-        )  # buffers may be longer
+        # the buffers may be longer
+        T, S = self.prompt_bias.shape[2], self.own_bias.shape[2]
         prompt_k, prompt_v = (x[:, :, :T] for x in self.prompts[layer])
         own_k, own_v = (x[..., :S, :] for x in self.own[layer])
         n, H, (slot, heads, member, _) = *query.shape[:2], self.at

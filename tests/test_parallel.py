@@ -205,6 +205,7 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
 def test_memory_of_keys_and_values_is_what_sampling_allocates(policy, monkeypatch):
     monkeypatch.setattr("model.PROMPT", 9)
     monkeypatch.setattr("model.SPARE", (32, 32))
+    monkeypatch.setattr("model.room", lambda T, on_gpu: T + 32)  # as on a GPU
     batch = RaggedBatch(policy, 3, 2)
     batch.prefill([0, 1, 2], [[1] * 10] * 3)
     for _ in range(67):  # more columns are made for tokens 1, 34 and 67
