@@ -80,8 +80,8 @@ class Packed:
 class Decode:
     """Past of one token for each of n sampling rows; if they are `few`, each becomes a prompt of its own, P = n and G = 1."""
 
-    prompts: list[LayerKV]  # a layer: [P, K, T, D] keys and values
-    own: list[LayerKV]  # a layer: [P, K, G, S, D]; the tokens' are written into it
+    prompts: list[LayerKV]  # a layer: [P, K, T or more, D] keys and values
+    own: list[LayerKV]  # a layer: [P, K, G, S or more, D]; the tokens' are written here
     at: tuple[Tensor, slice, Tensor, Tensor]  # where: slot, kv heads, member, position
     few: list[tuple[int, int]]  # slot and member of each row, if they are few
     prompt_bias: Tensor  # [P*K, 1, T], -inf where a prompt has no token
@@ -563,8 +563,8 @@ class RaggedBatch:
         """What a decode step computes with: ids and places [n, 1]; slot, member and position [n]; the biases of Decode."""
         P, G, device = self.slots, self.group, self.policy.device
         K = self.prompts[0][0].shape[1]
-        T = part(self.prompts, max(self.prompt_length[r // G] for r in rows))
-        S = part(self.own, max(self.length[r] for r in rows) + 1)
+        T = covered(self.prompts, max(self.prompt_length[r // G] for r in rows))
+        S = covered(self.own, max(self.length[r] for r in rows) + 1)
         table = [(*divmod(r, G), self.length[r]) for r in rows]
         slot, member, position = torch.tensor(table, device=device).T
         length = torch.tensor(self.length, device=device).view(P, 1, G) + 1
@@ -642,7 +642,7 @@ def room(T: int, on_gpu: bool) -> int:
     return size - size % 64
 
 
-def part(buffers: list[LayerKV], T: int) -> int:
+def covered(buffers: list[LayerKV], T: int) -> int:
     """How many of the buffers' positions a decode step that needs T computes with: few different numbers.
 
     On a GPU all of them, so that a captured step's shapes last.

@@ -37,12 +37,14 @@ from model import (
     backward_prompts,
     build_tiny_agent,
     checkpoint_layers,
+    covered,
     forward_packed,
     load_policy,
     memory_need,
     memory_table,
     project,
     qwen3_config,
+    reserve,
     room,
     share_prompts,
     token_logprobs,
@@ -185,7 +187,15 @@ def test_memory_of_the_whole_copy_is_what_sampling_from_it_holds(policy):
 def test_buffers_on_a_gpu_have_rows_of_whole_16_bytes():
     for T in range(1, 600):
         assert room(T, True) % 64 == 0 and T < room(T, True) <= T + SPARE[1]
-        assert room(T, False) == T + max(SPARE[0], T // 2)
+
+
+def test_buffers_on_a_cpu_grow_seldom_and_are_computed_with_as_far_as_needed():
+    buffers, sizes = [(torch.zeros(1, 1, 0, 2),) * 2], set()
+    for T in range(1, 1001):
+        reserve(buffers, T)
+        sizes.add(buffers[0][0].shape[-2])
+        assert T <= covered(buffers, T) <= min(buffers[0][0].shape[-2], T + SPARE[0])
+    assert len(sizes) <= 9  # by 32 positions at a time it would be 31
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu"])
